@@ -1,0 +1,46 @@
+# `make run` and `make test` need Python 3.11 and nothing else; the rest is for contributors.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install run serve test test-all check format compile golden bench seeds clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)  ## install everything into .venv
+
+run: $(INSTALLED)      ## the whole pipeline: data, training, evaluation, promotion, one served answer
+	$(BIN)/python -m pipelines run
+
+serve: $(INSTALLED)    ## keep the champion up, with its chat page
+	$(BIN)/shellv serve --model models:/shellv-nano@champion
+
+test: $(INSTALLED)     ## all tests that need no browser and under 15 minutes
+	$(BIN)/python -m pytest -q -m "not browser"
+
+test-all: $(INSTALLED) ## also the tests that drive Chromium
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)    ## ruff, mypy, import-linter and the compiled pipeline
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pipelines compile --check
+
+format: $(INSTALLED)   ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+compile: $(INSTALLED)  ## write the pipeline's YAML for Kubeflow
+	$(BIN)/python -m pipelines compile
+
+clean:                 ## delete what runs have left (data, models, tracking)
+	rm -rf .shellv

@@ -1,0 +1,123 @@
+"""The ``shellv`` program: a verb for each stage, and score, serve and chat.
+
+Only the chosen verb's module is imported, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shellv_core import __version__
+from shellv_core.errors import ConfigError, ShellVError
+from shellv_core.stages import STAGE_NAMES
+
+STAGE_HELP = {
+    "prepare_data": "make verified WebDataset shards and benchmarks from scenes or LLaVA-format data",
+    "pretrain_projector": "compose the model and align its projector",
+    "finetune": "LoRA finetuning with the HACL objective",
+    "merge_lora": "merge an adapter into a model that plain transformers loads",
+    "evaluate": "judge a model against its blind run and its baseline, with a report",
+    "promote": "register a model and decide whether it becomes the champion",
+    "deploy": "serve the champion and ask it one question",
+}
+COMMANDS = {
+    "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
+    "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
+    "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((each for each in arguments if not each.startswith("-")), None)
+    try:
+        options = _parser(verb).parse_args(arguments)
+        if options.verb in STAGE_NAMES:
+            return _run_stage_verb(options)
+        from shellv_core.logs import setup_logging
+
+        setup_logging()
+        command = importlib.import_module(COMMANDS[options.verb][1])
+        return int(command.main(options))
+    except ConfigError as error:
+        print(f"shellv: {error}", file=sys.stderr)
+        return 2
+    except ShellVError as error:
+        print(f"shellv: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("shellv: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shellv", description="Train, judge and serve models that hallucinate less.")
+    parser.add_argument("--version", action="version", version=f"shellv {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for stage, text in STAGE_HELP.items():
+        sub = verbs.add_parser(stage, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if stage == verb:
+            _add_stage_arguments(sub, stage)
+    for name, (text, module) in COMMANDS.items():
+        sub = verbs.add_parser(name, help=text)
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def _add_stage_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    from shellv_core.stages.presets import PRESETS
+
+    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings that differ from the preset's")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings, dotted: training.max_steps=9")
+    module = importlib.import_module(f"shellv_core.stages.{stage}")
+    config_class = getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
+    parser.description = STAGE_HELP[stage]
+    parser.epilog = "settings and their defaults before the preset:\n" + "\n".join(_describe_fields(config_class))
+
+
+def _describe_fields(config_class: Any, prefix: str = "") -> Iterator[str]:
+    from pydantic import BaseModel
+
+    for name, field in config_class.model_fields.items():
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            yield from _describe_fields(type(default), f"{prefix}{name}.")
+        else:
+            yield f"  {prefix}{name}={'' if default is None else default}"
+
+
+def _run_stage_verb(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from shellv_core.config import apply_overrides, merge_values, read_yaml
+    from shellv_core.logs import setup_logging
+    from shellv_core.stages.presets import stage_config, stage_module
+
+    setup_logging()
+    config = stage_config(options.preset, options.verb)
+    if options.config:
+        config = merge_values(config, read_yaml(Path(options.config)))
+    config = apply_overrides(config, options.overrides)
+    with _storage_for(config):
+        result = stage_module(options.verb).run(config)
+    print(result.model_dump_json(indent=1))
+    return 0
+
+
+def _storage_for(config: Any) -> contextlib.AbstractContextManager[Any]:
+    from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
+
+    uses_s3 = any(isinstance(value, str) and value.startswith("s3://") for value in config.model_dump().values())
+    return embedded_s3() if uses_s3 and not external_s3_configured() else contextlib.nullcontext()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""One logger for the library; the outermost program decides where its lines go."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of module `name` (pass ``__name__``)."""
+    return logging.getLogger(name)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send the library's lines to standard error, with the time, and keep other libraries to warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("shellv_core").setLevel(level)

@@ -1,0 +1,283 @@
+"""Committed output folders: files first, ``manifest.json`` last.
+
+A folder without ``manifest.json`` was never finished. While it is being written it holds ``_in_progress.json`` with
+the fingerprint of the run that owns it, so that the same run may continue there and another is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shellv_core.config import Config, build_config, fingerprint
+from shellv_core.errors import (
+    ConfigError,
+    IntegrityError,
+    ObjectNotFoundError,
+    OutputNotEmptyError,
+)
+from shellv_core.storage.home import home
+from shellv_core.storage.stores import join, local_path, open_store
+
+MANIFEST_NAME = "manifest.json"
+MARKER_NAME = "_in_progress.json"
+
+
+class FileEntry(Config):
+    """One file of a committed folder; `name` is relative to the folder, `sha256` in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class InputReference(Config):
+    """The exact input that a stage read."""
+
+    uri: str
+    content_sha256: str
+
+
+class Manifest(Config):
+    """What a stage made, from what, and how; its presence is the commit point."""
+
+    stage: str
+    fingerprint: str
+    library_version: str
+    created_at: str
+    config: dict[str, Any]
+    versions: dict[str, str] = {}
+    inputs: dict[str, InputReference] = {}
+    files: list[FileEntry] = []
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+
+
+class OutputDirectory:
+    """A folder that one run writes and commits.
+
+    Args:
+        uri: where the folder goes (``s3://`` or ``file://``).
+        fingerprint: identity of the run; only a run with the same one may continue or reuse the folder.
+    """
+
+    def __init__(self, uri: str, fingerprint: str) -> None:
+        self.uri, self.fingerprint = uri.rstrip("/"), fingerprint
+        self._store = open_store(uri)
+        self._entries: dict[str, FileEntry] = {}
+
+    def finished(self) -> Manifest | None:
+        """The manifest, where this very run was committed here before; None where nothing is committed.
+
+        Raises:
+            OutputNotEmptyError: if another run was committed here.
+        """
+        if not self._store.exists(self._at(MANIFEST_NAME)):
+            return None
+        manifest = read_manifest(self.uri)
+        if manifest.fingerprint != self.fingerprint:
+            raise OutputNotEmptyError(
+                f"{self.uri} holds the output of {manifest.stage!r} with other settings or inputs"
+                f" (fingerprint {manifest.fingerprint[:12]}, this run has {self.fingerprint[:12]})."
+                " Choose another output_uri or delete the folder."
+            )
+        return manifest
+
+    def begin(self, replace: bool = False) -> None:
+        """Take the folder, or continue in it if an earlier try of this run was cut off.
+
+        Args:
+            replace: whether an output that this very run committed before gives way.
+
+        Raises:
+            OutputNotEmptyError: if the folder holds anything that this run did not write.
+        """
+        try:
+            marker = json.loads(self._store.read_bytes(self._at(MARKER_NAME)))
+        except ObjectNotFoundError:
+            if replace:
+                delete_prefix(self.uri)
+            found = self._store.list_uris(self.uri, limit=1)
+            if found:
+                raise OutputNotEmptyError(
+                    f"{self.uri} is not empty: it holds {found[0].rpartition('/')[2]!r}, which this run did not write."
+                    " Choose another output_uri or delete the folder."
+                ) from None
+            self._store.write_bytes(self._at(MARKER_NAME), json.dumps({"fingerprint": self.fingerprint}).encode())
+            return
+        if marker.get("fingerprint") != self.fingerprint:
+            raise OutputNotEmptyError(
+                f"{self.uri} holds the unfinished output of another run (fingerprint"
+                f" {str(marker.get('fingerprint'))[:12]}, this run has {self.fingerprint[:12]})."
+                " Rerun that one with its settings, choose another output_uri or delete the folder."
+            )
+        self._entries = self._read_entries()
+
+    def done_files(self) -> dict[str, FileEntry]:
+        """Files that an earlier try of this run put here and recorded, by name."""
+        return dict(self._entries)
+
+    def put_file(self, path: Path, name: str) -> FileEntry:
+        """Store the file at `path` as `name` and record its size and SHA-256."""
+        entry = FileEntry(name=_checked_name(name), bytes=path.stat().st_size, sha256=sha256_of(path))
+        self._store.upload(path, self._at(name))
+        return self._record(entry)
+
+    def put_bytes(self, data: bytes, name: str) -> FileEntry:
+        """Store `data` as `name` and record its size and SHA-256."""
+        entry = FileEntry(name=_checked_name(name), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        self._store.write_bytes(self._at(name), data)
+        return self._record(entry)
+
+    def put_tree(self, directory: Path, prefix: str = "") -> list[FileEntry]:
+        """Store every file below `directory`, named ``prefix/relative/path``."""
+        paths = sorted(path for path in directory.rglob("*") if path.is_file())
+        return [
+            self.put_file(path, "/".join(filter(None, [prefix.strip("/"), path.relative_to(directory).as_posix()])))
+            for path in paths
+        ]
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Write the manifest with all recorded files, and give up the marker."""
+        files = [self._entries[name] for name in sorted(self._entries)]
+        manifest = manifest.model_copy(update={"files": files})
+        self._store.write_bytes(self._at(MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
+        for name in [MARKER_NAME, *(_entry_name(entry) for entry in self._entries)]:
+            self._store.delete(self._at(name))
+        _prune_empty_folders(self.uri)
+        return manifest
+
+    def abort(self) -> None:
+        """Remove everything that this run wrote, marker included."""
+        delete_prefix(self.uri)
+
+    def _at(self, name: str) -> str:
+        return join(self.uri, name)
+
+    def _record(self, entry: FileEntry) -> FileEntry:
+        self._entries[entry.name] = entry
+        self._store.write_bytes(self._at(_entry_name(entry.name)), entry.model_dump_json().encode())
+        return entry
+
+    def _read_entries(self) -> dict[str, FileEntry]:
+        records = [uri for uri in self._store.list_uris(self.uri) if "/_done/" in uri]
+        entries = (FileEntry.model_validate_json(self._store.read_bytes(uri)) for uri in records)
+        return {entry.name: entry for entry in entries if self._store.exists(self._at(entry.name))}
+
+
+class InputDirectory:
+    """A committed folder, read with every byte verified.
+
+    Raises:
+        ObjectNotFoundError: if nothing was committed at `uri`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.manifest = read_manifest(self.uri)
+        # Over the files alone: the same content made again at another time or place is the same input.
+        self.content_sha256 = fingerprint([(entry.name, entry.sha256) for entry in self.manifest.files])
+
+    def files(self, prefix: str = "") -> list[FileEntry]:
+        """The entries whose names begin with `prefix`."""
+        return [entry for entry in self.manifest.files if entry.name.startswith(prefix)]
+
+    def fetch(self, name: str) -> Path:
+        """A local, verified copy of file `name`, kept below the project folder's cache.
+
+        Raises:
+            ObjectNotFoundError: if the manifest does not list `name`.
+            IntegrityError: if the stored bytes differ from the manifest.
+        """
+        entry = next((entry for entry in self.manifest.files if entry.name == name), None)
+        if entry is None:
+            raise ObjectNotFoundError(f"{self.uri} has no file {name!r}; its manifest lists {len(self.manifest.files)}.")
+        path = self._cache() / name
+        if path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
+            return path
+        open_store(self.uri).download(join(self.uri, name), path)
+        if sha256_of(path) != entry.sha256:
+            path.unlink()
+            raise IntegrityError(
+                f"{join(self.uri, name)} differs from its manifest (expected SHA-256 {entry.sha256[:12]}...,"
+                f" {entry.bytes} bytes). The stored copy is damaged: delete {self.uri} and rerun the stage that made it."
+            )
+        return path
+
+    def fetch_tree(self, prefix: str) -> Path:
+        """A local folder with every file below `prefix`, verified.
+
+        Raises:
+            ObjectNotFoundError: if there is none.
+        """
+        entries = self.files(prefix.rstrip("/") + "/")
+        if not entries:
+            raise ObjectNotFoundError(f"{self.uri} has no files below {prefix!r}.")
+        for entry in entries:
+            self.fetch(entry.name)
+        return self._cache() / prefix.rstrip("/")
+
+    def reference(self) -> InputReference:
+        """What a manifest records of this input."""
+        return InputReference(uri=self.uri, content_sha256=self.content_sha256)
+
+    def _cache(self) -> Path:
+        return home() / "cache" / "inputs" / self.content_sha256
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest committed at `uri`.
+
+    Raises:
+        ObjectNotFoundError: if nothing was committed there.
+        IntegrityError: if it is not a manifest of this project.
+    """
+    try:
+        data = open_store(uri).read_bytes(join(uri, MANIFEST_NAME))
+    except ObjectNotFoundError:
+        raise ObjectNotFoundError(
+            f"{uri} holds no finished output (no {MANIFEST_NAME}). Check the address, or run the stage that makes it."
+        ) from None
+    try:
+        return build_config(Manifest, json.loads(data))
+    except (ValueError, ConfigError) as error:
+        raise IntegrityError(f"{join(uri, MANIFEST_NAME)} is not a manifest of this project: {error}") from None
+
+
+def delete_prefix(uri: str) -> None:
+    """Delete every object below `uri`, and the folder itself on a file system."""
+    store = open_store(uri)
+    for found in store.list_uris(uri):
+        store.delete(found)
+    _prune_empty_folders(uri, keep_root=False)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry_name(name: str) -> str:
+    return f"_done/{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
+
+
+def _checked_name(name: str) -> str:
+    if name.startswith(("/", "_")) or ".." in name.split("/") or name == MANIFEST_NAME:
+        raise ValueError(f"{name!r} cannot name an output file")
+    return name
+
+
+def _prune_empty_folders(uri: str, keep_root: bool = True) -> None:
+    root = local_path(uri)
+    if root is None or not root.is_dir():
+        return
+    folders = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True)
+    for folder in folders:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    if not keep_root and not any(root.iterdir()):
+        shutil.rmtree(root)

@@ -1,0 +1,61 @@
+"""Fixtures that several suites share: a project folder of the test's own and a real S3 server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shellv_core.storage.seaweedfs import S3_VARIABLES, embedded_s3
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder below the test's own temporary folder."""
+    folder = tmp_path / "project-folder"
+    monkeypatch.setenv("SHELLV_HOME", str(folder))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One SeaweedFS server for the session; its AWS_* variables."""
+    before = {name: os.environ.pop(name, None) for name in S3_VARIABLES}
+    with embedded_s3(tmp_path_factory.mktemp("s3")):
+        environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_S3"))}
+        for name in environment:
+            del os.environ[name]
+        yield environment
+        os.environ.update(environment)
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@pytest.fixture
+def bucket_uri(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A prefix of this test's own on the real S3 server, its credentials in the environment."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://shellv/{tmp_path.name}"
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same test over a folder and over the S3 server."""
+    if request.param == "file":
+        return (tmp_path / "store").as_uri()
+    uri: str = request.getfixturevalue("bucket_uri")
+    return uri
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real benchmark files and photos where they are at hand."""
+    if not SHARED.is_dir():
+        pytest.skip("no folder of real benchmark files beside the project")
+    return SHARED
