@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,25 @@ def project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, made once: creating its tables takes seconds."""
+    from shellv_core.tracking.runs import open_client
+
+    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        open_client()
+    return path
+
+
+@pytest.fixture
+def tracking_store(project_folder: Path, tracking_database: Path) -> Path:
+    """The test's own copy of the empty MLflow database, where the project folder keeps it."""
+    project_folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(tracking_database, project_folder / "mlflow.db"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shellv_core.config import Config, apply_overrides, build_config, nearest
+from shellv_core.data.config import LlavaSource, ScenesSource
+from shellv_core.data.scenes.config import ScenesConfig
 from shellv_core.errors import ConfigError
+from shellv_core.models.config import LanguageModelConfig, LoraConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
 from shellv_core.stages import STAGE_NAMES
 from shellv_core.stages.deploy import DeployConfig
 from shellv_core.stages.evaluate import EvaluateConfig
@@ -19,7 +22,7 @@ from shellv_core.stages.merge_lora import MergeLoraConfig
 from shellv_core.stages.prepare_data import PrepareDataConfig
 from shellv_core.stages.pretrain_projector import PretrainProjectorConfig
 from shellv_core.stages.promote import PromoteConfig
-from shellv_core.stages.runner import StageConfig
+from shellv_core.training.config import HaclConfig, TrainingConfig
 
 
 class Preset(Config):
@@ -34,7 +37,129 @@ class Preset(Config):
     deploy: DeployConfig
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {}
+def nano() -> Preset:
+    """Minutes on two CPU cores: synthetic scenes, ImageNet features, a small language model trained from nothing."""
+    training = TrainingConfig(
+        global_batch_size=32,
+        max_steps=600,
+        trainable=("projector", "language_model"),
+        projector_learning_rate=2e-3,
+        language_model_learning_rate=1.5e-3,
+        warmup_ratio=0.05,
+        weight_decay=0.05,
+        adam_beta2=0.95,
+        precision="bf16",
+        max_length=320,
+        checkpoint_every_steps=100,
+    )
+    return Preset(
+        prepare_data=PrepareDataConfig(scenes=ScenesSource(num_train=5000, num_validation=500)),
+        pretrain_projector=PretrainProjectorConfig(model=_small_model(256, 3), training=training),
+        finetune=FinetuneConfig(
+            lora=LoraConfig(r=32, alpha=64),
+            hacl=HaclConfig(weight=0.1),
+            training=training.model_copy(update={"max_steps": 150}),
+        ),
+        merge_lora=MergeLoraConfig(),
+        evaluate=EvaluateConfig(),
+        promote=PromoteConfig(registered_model="shellv-nano"),
+        deploy=DeployConfig(registered_model="shellv-nano"),
+    )
+
+
+def smoke() -> Preset:
+    """`nano` cut down to seconds a stage: it shows that everything works, not that the model does."""
+    full = nano()
+    scenes = ScenesSource(num_train=240, num_validation=48, benchmark_images=24, scenes=ScenesConfig(image_size=96))
+    quick = {"max_steps": 12, "global_batch_size": 8, "checkpoint_every_steps": 3, "log_every_steps": 4}
+    pretraining, finetuning = full.pretrain_projector, full.finetune
+    return full.model_copy(
+        update={
+            "prepare_data": PrepareDataConfig(scenes=scenes, samples_per_shard=60),
+            "pretrain_projector": pretraining.model_copy(
+                update={
+                    "model": _small_model(64, 2, image_size=96),
+                    "training": pretraining.training.model_copy(update=quick),
+                }
+            ),
+            "finetune": finetuning.model_copy(update={"training": finetuning.training.model_copy(update=quick)}),
+            "evaluate": EvaluateConfig(max_captions=12, max_caption_tokens=12, max_hal_eval_items=6),
+            "promote": PromoteConfig(registered_model="shellv-smoke", thresholds_uri="smoke"),
+            "deploy": DeployConfig(registered_model="shellv-smoke", max_answer_tokens=8),
+        }
+    )
+
+
+def shellv_7b() -> Preset:
+    """The published recipe: CLIP ViT-L/14-336 and Shell-7B, one epoch each of 558k pairs and 665k conversations."""
+    common = TrainingConfig(
+        global_batch_size=256,
+        micro_batch_size=16,
+        epochs=1.0,
+        projector_learning_rate=1e-3,
+        warmup_ratio=0.03,
+        precision="bf16",
+        max_length=2048,
+        cache_features=False,
+        checkpoint_every_steps=300,
+    )
+    return Preset(
+        prepare_data=PrepareDataConfig(llava=LlavaSource(annotations="", image_folder="")),
+        pretrain_projector=PretrainProjectorConfig(
+            model=ModelConfig(
+                vision_tower=VisionTowerConfig(
+                    kind="clip",
+                    pretrained="openai/clip-vit-large-patch14-336",
+                    image_size=336,
+                    feature_layer=-2,
+                    select_strategy="default",
+                    standardize=False,
+                ),
+                language_model=LanguageModelConfig(pretrained="WisdomShell/Shell-7B"),
+                tokenizer=TokenizerConfig(pretrained="WisdomShell/Shell-7B"),
+            ),
+            training=common,
+        ),
+        finetune=FinetuneConfig(
+            lora=LoraConfig(r=128, alpha=256, dropout=0.05),
+            hacl=HaclConfig(weight=1.0, negatives="paired"),
+            training=common.model_copy(
+                update={
+                    "global_batch_size": 128,
+                    "trainable": ("projector", "language_model"),
+                    "projector_learning_rate": 2e-5,
+                    "language_model_learning_rate": 2e-5,
+                }
+            ),
+        ),
+        merge_lora=MergeLoraConfig(),
+        evaluate=EvaluateConfig(dtype="bfloat16"),
+        promote=PromoteConfig(registered_model="shellv-7b"),
+        deploy=DeployConfig(registered_model="shellv-7b"),
+    )
+
+
+def _small_model(hidden_size: int, num_layers: int, image_size: int = 160) -> ModelConfig:
+    return ModelConfig(
+        vision_tower=VisionTowerConfig(image_size=image_size),
+        language_model=LanguageModelConfig(
+            model_type="llama",
+            options={
+                "hidden_size": hidden_size,
+                "intermediate_size": 2 * hidden_size,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": hidden_size // 64 or 1,
+                "num_key_value_heads": hidden_size // 64 or 1,
+                "max_position_embeddings": 1024,
+                "initializer_range": hidden_size**-0.5,
+            },
+            tie_word_embeddings=True,
+        ),
+        tokenizer=TokenizerConfig(vocab_size=1024),
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"nano": nano, "smoke": smoke, "shellv-7b": shellv_7b}
 
 
 def preset(name: str) -> Preset:
@@ -48,8 +173,8 @@ def preset(name: str) -> Preset:
     return PRESETS[name]()
 
 
-def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **values: Any) -> StageConfig:
-    """The settings of one stage: the preset's, then the overrides addressed to it, then `values` (its addresses).
+def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **values: Any) -> Any:
+    """A stage's config: the preset's, then the overrides addressed to it, then `values` (its addresses).
 
     Args:
         overrides: ``STAGE.key=value`` strings; those of other stages are checked and left out, and ``seed=N`` without
@@ -61,7 +186,7 @@ def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **
     full = preset(preset_name)
     spread = [each for override in overrides for each in _spread(override)]
     full = apply_overrides(full, spread)
-    config: StageConfig = getattr(full, stage)
+    config = getattr(full, stage)
     return build_config(type(config), {**config.model_dump(), **values})
 
 

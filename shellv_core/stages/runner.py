@@ -90,7 +90,7 @@ def run_stage(
     body: Callable[[StageRun[S]], None],
     inputs: Mapping[str, str | None] | None = None,
     code: Sequence[str] = (),
-    reuse: bool = True,
+    reuse: Callable[[Manifest], bool] = lambda committed: True,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -99,7 +99,8 @@ def run_stage(
         inputs: input name -> URI of a committed folder; "" is a missing one, None an optional one left out. An input ``data`` stands for the
             config field ``data_uri``, which then counts by content, not by address.
         code: subpackages of the library whose source is part of the identity.
-        reuse: False for stages whose effect lies outside their output; they run every time.
+        reuse: whether an output committed before still stands; stages whose effect lies outside their output look
+            there, and run again where it does not.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
@@ -119,7 +120,7 @@ def run_stage(
     uri = config.output_uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
     output = OutputDirectory(uri, identity)
     committed = output.finished()
-    if committed and reuse:
+    if committed and reuse(committed):
         logger.info("%s: reusing %s", name, uri)
         return _result(uri, committed, reused=True)
     output.begin(replace=committed is not None)

@@ -87,6 +87,8 @@ class EmbeddedS3:
                 return
             if state and _alive(state["pid"]) and _is_weed(state["pid"]):
                 os.kill(state["pid"], signal.SIGKILL)
+            if state:
+                self._forget(state)
             self._launch()
 
     def environment(self) -> dict[str, str]:
@@ -114,7 +116,6 @@ class EmbeddedS3:
             return
         with self._lock():
             state = self._read_state()
-            self._state_path.unlink(missing_ok=True)
             self._owner = False
             if state is None:
                 return
@@ -127,6 +128,14 @@ class EmbeddedS3:
                 os.kill(state["pid"], signal.SIGKILL)
             if self._process is not None:
                 self._process.wait()
+            self._forget(state)
+
+    def _forget(self, state: dict[str, Any]) -> None:
+        self._state_path.unlink(missing_ok=True)
+        # The server leaves its Unix sockets behind, at names that only the ports in them tell apart.
+        for port in state["ports"]:
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                path.unlink(missing_ok=True)
 
     def _running(self, pid: int) -> bool:
         if self._process is not None:
@@ -146,7 +155,6 @@ class EmbeddedS3:
             "-ip.bind=127.0.0.1",
             *(f"-{name}.port={port}" for name, port in zip(names, ports[:5], strict=True)),
             *(f"-{name}.port.grpc={port}" for name, port in zip(names, ports[5:], strict=True)),
-            f"-filer.localSocket={self.folder / 'filer.sock'}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-s3.autoCreateBucket=false",
@@ -175,12 +183,13 @@ class EmbeddedS3:
             )
         endpoint = f"http://127.0.0.1:{ports[3]}"
         self._owner = True
-        self._write_state({"pid": self._process.pid, "owner_pid": os.getpid(), "endpoint": endpoint})
+        state = {"pid": self._process.pid, "owner_pid": os.getpid(), "endpoint": endpoint, "ports": ports}
+        self._write_state(state)
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not self._ready(endpoint, credentials):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.kill()
-                self._state_path.unlink(missing_ok=True)
+                self._forget(state)
                 tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-5:])
                 raise StorageError(
                     f"the embedded S3 server did not start over {self.folder}; its log ({log_path}) ends:\n{tail}"

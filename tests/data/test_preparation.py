@@ -95,7 +95,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind: str, tmp_path: Path
     values: dict[str, Any]
     if kind == "scenes":
         # Enough scenes for worker processes.
-        looks = {"image_size": 64, "existence_questions": 2}
+        looks = {"image_size": 64, "existence_turns": 2}
         sizes = {"num_train": 1000, "num_validation": 30, "benchmark_images": 8}
         values = {"scenes": {**sizes, "scenes": looks}, "samples_per_shard": 100}
     else:

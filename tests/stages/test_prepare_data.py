@@ -116,8 +116,8 @@ def test_all_faults_of_the_settings_come_at_once_before_any_work(tmp_path: Path)
         apply_overrides(PrepareDataConfig(scenes=SCENES), ["llava.annotations=x.json"])
     with pytest.raises(ConfigError, match="must not exceed num_validation"):
         apply_overrides(PrepareDataConfig(scenes=SCENES), ["scenes.benchmark_images=31"])
-    with pytest.raises(ConfigError, match="did you mean 'existence_questions'"):
-        apply_overrides(PrepareDataConfig(scenes=SCENES), ["scenes.scenes.existence_question=2"])
+    with pytest.raises(ConfigError, match="did you mean 'existence_turns'"):
+        apply_overrides(PrepareDataConfig(scenes=SCENES), ["scenes.scenes.existence_turn=2"])
 
 
 def test_mended_images_are_noticed(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ class ToyConfig(StageConfig):
     times: int = 2
 
 
-def toy(config: ToyConfig, body=None, reuse: bool = True) -> StageResult:
+def toy(config: ToyConfig, body=None, **options) -> StageResult:
     def default_body(run: StageRun[ToyConfig]) -> None:
         text = run.inputs["data"].fetch("in.txt").read_text() * run.config.times
         run.output.put_bytes(text.encode(), "out.txt")
         run.log_metrics({"loss": 1.5}, step=3)
         run.metrics["length"] = float(len(text))
 
-    return run_stage("toy", config, body or default_body, inputs={"data": config.data_uri}, reuse=reuse)
+    return run_stage("toy", config, body or default_body, inputs={"data": config.data_uri}, **options)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_finished_stage_is_reused_and_a_changed_setting_is_not(data_uri: str, 
     assert other.output_uri != first.output_uri
     with pytest.raises(OutputNotEmptyError, match="other settings"):
         toy(ToyConfig(data_uri=data_uri, output_uri=first.output_uri, times=3))
-    assert not toy(ToyConfig(data_uri=data_uri, output_uri=uri), reuse=False).reused
+    assert not toy(ToyConfig(data_uri=data_uri, output_uri=uri), reuse=lambda committed: False).reused
 
 
 def test_a_user_fault_leaves_nothing_and_any_other_leaves_what_is_needed_to_go_on(

@@ -81,31 +81,29 @@ def existence(
     company: Mapping[str, Mapping[str, float]],
     rng: random.Random,
 ) -> list[list[Question]]:
-    """Return conversations of existence questions, about `config.existence_questions` in all.
+    """Return conversations of existence questions whose text says nothing about the next answer.
 
-    Within a conversation no category is asked about twice, and the numbers of yes and of no are drawn independently
-    of each other from one distribution, so earlier answers say nothing about the next one.
+    Every turn is a fair coin: heads asks about a present category, tails about an absent one, none of them twice. A
+    conversation ends when no present category is left, before the next toss. Balancing yes and no within a
+    conversation instead would teach counting: after many yeses comes a no.
     """
-    present = scene.categories
-    suggested = absent_weights(present, company)
+    suggested = absent_weights(scene.categories, company)
     common = {name: frequency[name] + 1e-3 for name in suggested}
     conversations: list[list[Question]] = []
-    asked = 0
-    while asked < config.existence_questions:
-        room = config.existence_questions - asked
-        most = min(len(present), max(1, room // 2))
-        least = (most + 1) // 2
-        num_yes, num_no = rng.randint(least, most), rng.randint(least, most)
-        absent: list[str] = []
-        while len(absent) < num_no:
-            name = draw(rng, suggested if rng.random() < config.hard_negative_share else common)
-            if name not in absent:
-                absent.append(name)
-        questions = [(existence_question(name), "Yes") for name in rng.sample(present, num_yes)]
-        questions += [(existence_question(name), "No") for name in absent]
-        rng.shuffle(questions)
+    for _ in range(config.existence_conversations):
+        left = rng.sample(scene.categories, len(scene.categories))
+        absent: set[str] = set()
+        questions: list[Question] = []
+        while left and len(questions) < config.existence_turns:
+            if rng.random() < 0.5:
+                questions.append((existence_question(left.pop()), "Yes"))
+            else:
+                weights = suggested if rng.random() < config.hard_negative_share else common
+                remaining = {name: weight for name, weight in weights.items() if name not in absent}
+                name = draw(rng, remaining)
+                absent.add(name)
+                questions.append((existence_question(name), "No"))
         conversations.append(questions)
-        asked += len(questions)
     return conversations
 
 

@@ -40,14 +40,28 @@ def existence(conversations: list[Pairs]) -> list[list[tuple[str, str]]]:
 
 def test_existence_answers_are_true_and_asked_once(asked: list[tuple[Scene, dict, list[Pairs]]]) -> None:
     for scene, _, conversations in asked:
-        total = 0
-        for items in existence(conversations):
+        found = existence(conversations)
+        assert len(found) == CONFIG.existence_conversations
+        for items in found:
+            assert 1 <= len(items) <= CONFIG.existence_turns
             names = [name for name, _ in items]
             assert len(set(names)) == len(names)
             assert all((answer == "Yes") == (name in scene.categories) for name, answer in items)
             assert {answer for _, answer in items} <= {"Yes", "No"}
-            total += len(items)
-        assert CONFIG.existence_questions <= total < CONFIG.existence_questions + 8
+
+
+def test_earlier_answers_say_nothing_about_the_next(asked: list[tuple[Scene, dict, list[Pairs]]]) -> None:
+    after: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    for *_, talk in asked:
+        for items in existence(talk):
+            answers = [answer for _, answer in items]
+            for turn, answer in enumerate(answers):
+                after[answers[:turn].count("Yes"), answers[:turn].count("No")][answer] += 1
+    often = {history: counts for history, counts in after.items() if counts.total() >= 200}
+    assert len(often) > 8
+    for history, counts in often.items():
+        # Four standard deviations of a fair coin.
+        assert abs(counts["Yes"] / counts.total() - 0.5) < 2 / counts.total() ** 0.5, history
 
 
 def test_neither_answer_nor_category_gives_yes_away(asked: list[tuple[Scene, dict, list[Pairs]]]) -> None:
@@ -138,6 +152,7 @@ def test_descriptions_lists_and_matches(asked: list[tuple[Scene, dict, list[Pair
 
 
 def test_numbers_of_questions_are_configured() -> None:
-    config = ScenesConfig(existence_questions=0, attribute_questions=0, match_questions=0)
+    config = ScenesConfig(existence_conversations=1, existence_turns=2, attribute_questions=0, match_questions=0)
     _, record = scene_record(SceneRequest(config, 0, "train", 100), 0)
-    assert len([record["conversations"], *record["more_conversations"]]) == 3
+    assert len(record["conversations"]) <= 4
+    assert len([record["conversations"], *record["more_conversations"]]) == 4

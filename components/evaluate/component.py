@@ -1,0 +1,45 @@
+"""Answers, metrics and a report about a model, its blind run and its baseline."""
+
+from kfp import dsl
+
+from components.images import image
+
+
+@dsl.component(base_image=image("train"), install_kfp_package=False)
+def evaluate(
+    data_uri: str,
+    model_uri: str,
+    baseline_uri: str,
+    root_uri: str,
+    preset: str,
+    overrides: list[str],
+    evaluation: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+) -> str:
+    """Judge a model against its blind run and its baseline, with a report.
+
+    Args:
+        data_uri: Output of prepare_data, with the benchmarks.
+        model_uri: Output of merge_lora for the model in question.
+        baseline_uri: Output of merge_lora for the model trained without HACL; empty for none.
+        root_uri: Folder below which the output goes, s3:// or file://.
+        preset: Settings to start from.
+        overrides: Single settings that differ, as STAGE.key=value.
+
+    Returns:
+        Output: URI of the results, answers and report.
+    """
+    from shellv_core.logs import setup_logging
+    from shellv_core.stages import evaluate
+    from shellv_core.stages.artifacts import write_file, write_metrics, write_reference
+    from shellv_core.stages.presets import stage_config
+
+    setup_logging()
+    uris = {"data_uri": data_uri, "model_uri": model_uri, "baseline_uri": baseline_uri}
+    uris["output_uri"] = f"{root_uri}/evaluate/{{fingerprint}}"
+    result = evaluate.run(stage_config(preset, "evaluate", overrides, **uris))
+    write_reference(result, evaluation)
+    write_metrics(result, metrics)
+    write_file(result, "report.html", report)
+    return result.output_uri

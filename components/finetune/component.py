@@ -1,0 +1,42 @@
+"""A LoRA adapter, trained with the HACL objective or without it."""
+
+from kfp import dsl
+
+from components.images import image
+
+
+@dsl.component(base_image=image("train"), install_kfp_package=False)
+def finetune(
+    data_uri: str,
+    model_uri: str,
+    root_uri: str,
+    preset: str,
+    overrides: list[str],
+    adapter: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    task_overrides: list[str] = [],  # noqa: B006 - kfp reads the literal
+) -> str:
+    """LoRA finetuning with the HACL objective.
+
+    Args:
+        data_uri: Output of prepare_data.
+        model_uri: Output of pretrain_projector.
+        root_uri: Folder below which the output goes, s3:// or file://.
+        preset: Settings to start from.
+        overrides: Single settings that differ, as STAGE.key=value.
+        task_overrides: More of them, which win: what sets this task of a pipeline apart.
+
+    Returns:
+        Output: URI of the adapter and the HACL heads.
+    """
+    from shellv_core.logs import setup_logging
+    from shellv_core.stages import finetune
+    from shellv_core.stages.artifacts import write_metrics, write_reference
+    from shellv_core.stages.presets import stage_config
+
+    setup_logging()
+    uris = {"data_uri": data_uri, "model_uri": model_uri, "output_uri": f"{root_uri}/finetune/{{fingerprint}}"}
+    result = finetune.run(stage_config(preset, "finetune", [*overrides, *task_overrides], **uris))
+    write_reference(result, adapter)
+    write_metrics(result, metrics)
+    return result.output_uri

@@ -1,0 +1,122 @@
+"""CHAIR: how many of the objects that a caption names are not in the image.
+
+A scenes file holds ``{"image": "....jpg", "objects": ["dog", ...], "captions": ["A dog ...", ...]}`` rows; objects are
+COCO class names. What is there is the union of the objects and of those that the true captions mention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shellv_core.config import nearest
+from shellv_core.errors import EvaluationError
+from shellv_core.evaluation.benchmark import Outcomes, Question, Scores
+from shellv_core.evaluation.objects import COCO_CLASSES, Mention, find_mentions
+from shellv_core.evaluation.rows import check_overlap
+
+DEFAULT_PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class CaptionJudgment:
+    """One caption against what is there."""
+
+    mentions: tuple[Mention, ...]
+    present: frozenset[str]
+
+    @property
+    def hallucinated(self) -> tuple[Mention, ...]:
+        """Mentions of classes that are not in the image."""
+        return tuple(mention for mention in self.mentions if mention.category not in self.present)
+
+    @property
+    def recalled(self) -> frozenset[str]:
+        """Classes that are in the image and named."""
+        return self.present & {mention.category for mention in self.mentions}
+
+
+class Chair:
+    """Captions of scenes, scored by the objects that they mention; the image name is the question id.
+
+    Raises:
+        EvaluationError: if a row lacks a field, names an object outside COCO's classes, or an image comes twice.
+    """
+
+    key: tuple[str, ...] = ("chair",)
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        prompt: str = DEFAULT_PROMPT,
+        max_new_tokens: int = 64,
+        source: str = "scenes",
+    ) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.present: dict[str, frozenset[str]] = {}
+        for number, row in enumerate(rows, start=1):
+            place = f"{source}, row {number}"
+            if not row.get("image") or not isinstance(row.get("objects"), list):
+                raise EvaluationError(
+                    f"{place}: needs image and a list objects, got the keys {', '.join(sorted(row))}."
+                )
+            for name in row["objects"]:
+                if name not in COCO_CLASSES:
+                    raise EvaluationError(
+                        f"{place}: {name!r} is not one of COCO's 80 classes; {nearest(str(name), COCO_CLASSES)}"
+                    )
+            if row["image"] in self.present:
+                raise EvaluationError(f"{place}: image {row['image']!r} comes twice.")
+            told = {mention.category for caption in row.get("captions", ()) for mention in find_mentions(caption)}
+            self.present[str(row["image"])] = frozenset(row["objects"]) | told
+        if not self.present:
+            raise EvaluationError(f"{source} holds no scenes.")
+        self._questions = tuple(Question(image, image, prompt) for image in self.present)
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """One for each scene, in file order."""
+        return self._questions
+
+    def judge(self, image: str, caption: str) -> CaptionJudgment:
+        """The mentions of one caption against what is in `image`."""
+        return CaptionJudgment(tuple(find_mentions(caption)), self.present[image])
+
+    def score(self, answers: Mapping[str, str]) -> Scores:
+        """CHAIR over all captions.
+
+        Returns:
+            instance_rate (hallucinated mentions / mentions, over the corpus; a class named twice counts twice),
+            sentence_rate (captions with a hallucinated mention / captions), recall (classes named / classes there),
+            num_without_objects (captions that name none, which no rate punishes) and the counts.
+        """
+        num_unknown = check_overlap(self.present, answers)
+        judgments = [self.judge(image, answers[image]) for image in self.present if image in answers]
+        mentions = sum(len(judgment.mentions) for judgment in judgments)
+        hallucinated = sum(len(judgment.hallucinated) for judgment in judgments)
+        sentences = sum(bool(judgment.hallucinated) for judgment in judgments)
+        present = sum(len(judgment.present) for judgment in judgments)
+        recalled = sum(len(judgment.recalled) for judgment in judgments)
+        words = sum(len(answers[image].split()) for image in self.present if image in answers)
+        return {
+            "instance_rate": hallucinated / mentions if mentions else 0.0,
+            "sentence_rate": sentences / len(judgments) if judgments else 0.0,
+            "recall": recalled / present if present else 0.0,
+            "mean_words": words / len(judgments) if judgments else 0.0,
+            "num_captions": len(judgments),
+            "num_missing": len(self.present) - len(judgments),
+            "num_unknown": num_unknown,
+            "num_mentions": mentions,
+            "num_hallucinated_mentions": hallucinated,
+            "num_hallucinated_captions": sentences,
+            "num_without_objects": sum(not judgment.mentions for judgment in judgments),
+        }
+
+    def outcomes(self, answers: Mapping[str, str]) -> dict[str, Outcomes]:
+        """Instance rate, per image; a missing caption has no mentions."""
+        parts = {}
+        for image in self.present:
+            judgment = self.judge(image, answers.get(image, ""))
+            parts[image] = (len(judgment.hallucinated), len(judgment.mentions))
+        return {"chair_instance_rate": parts}

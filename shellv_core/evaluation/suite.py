@@ -1,0 +1,204 @@
+"""All benchmarks of a data set, asked of several models, scored beside their blind runs and compared."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shellv_core.errors import EvaluationError
+from shellv_core.evaluation.answers import AnswerGenerator, answer_all, answers_to, derange, plan_prompts
+from shellv_core.evaluation.benchmark import Benchmark, Outcomes, Scores, name_of
+from shellv_core.evaluation.chair import Chair
+from shellv_core.evaluation.hal_eval import HalEval
+from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.rows import read_rows
+from shellv_core.evaluation.statistics import bootstrap_interval, compare_paired
+
+CANDIDATE, BASELINE = "candidate", "without_hacl"
+BLIND = "blind"
+POPE_NAME = "benchmarks/pope/{split}.jsonl"
+HAL_EVAL_NAME = "benchmarks/hal_eval/scenes.json"
+CHAIR_NAME = "benchmarks/chair/scenes.jsonl"
+# Details of a score that do not become metrics of their own.
+_NOT_FLAT = frozenset({"author_rule", "parsed_only", "counts"})
+
+Answers = dict[str, dict[str, str]]
+"""Benchmark name -> question id -> text."""
+
+
+@dataclass(frozen=True)
+class ModelAnswers:
+    """What one model said with the right images and with shuffled ones."""
+
+    sighted: Answers
+    blind: Answers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of each benchmark is asked: the first so many rows of its file, None for all."""
+
+    pope_questions: int | None = None
+    hal_eval_items: int | None = None
+    captions: int | None = None
+
+
+def read_benchmarks(
+    fetch: Callable[[str], Path],
+    names: Iterable[str],
+    limits: Limits,
+    pope_suffix: str,
+    hal_eval_prompt: str,
+    caption_prompt: str,
+    caption_tokens: int,
+) -> list[Benchmark]:
+    """The benchmarks that a prepare_data output holds.
+
+    Args:
+        fetch: gives a local path for a file name of the output.
+        names: the file names that the output has.
+
+    Raises:
+        EvaluationError: if it holds none.
+    """
+    present = set(names)
+    benchmarks: list[Benchmark] = []
+    for split in SPLITS:
+        name = POPE_NAME.format(split=split)
+        if name in present:
+            rows = read_rows(fetch(name))[: limits.pope_questions]
+            benchmarks.append(Pope(rows, split, pope_suffix, source=name))
+    if HAL_EVAL_NAME in present:
+        rows = read_rows(fetch(HAL_EVAL_NAME))[: limits.hal_eval_items]
+        benchmarks.append(HalEval(rows, hal_eval_prompt, source=HAL_EVAL_NAME))
+    if CHAIR_NAME in present:
+        rows = read_rows(fetch(CHAIR_NAME))[: limits.captions]
+        benchmarks.append(Chair(rows, caption_prompt, caption_tokens, source=CHAIR_NAME))
+    if not benchmarks:
+        raise EvaluationError(
+            "the data hold no benchmarks (benchmarks/pope/*.jsonl, benchmarks/hal_eval/scenes.json or"
+            " benchmarks/chair/scenes.jsonl). Evaluate on an output of prepare_data that was made with scenes."
+        )
+    return benchmarks
+
+
+def needed_images(benchmarks: Iterable[Benchmark]) -> set[str]:
+    """Names of all images that are asked about."""
+    return {question.image for benchmark in benchmarks for question in benchmark.questions}
+
+
+def ask_models(
+    generators: Mapping[str, AnswerGenerator],
+    benchmarks: Sequence[Benchmark],
+    images: Mapping[str, bytes],
+    substitutes: Mapping[str, str],
+    log_folder: Path,
+    images_per_block: int,
+) -> dict[str, ModelAnswers]:
+    """All answers of several models, sighted and blind, side by side in a thread each.
+
+    Continues what ``log_folder/answers-NAME.jsonl`` hold. The first fault stops all models at their next block.
+    """
+    prompts = plan_prompts(benchmarks, substitutes)
+    stop = threading.Event()
+
+    def ask(name: str) -> ModelAnswers:
+        log_path = log_folder / f"answers-{name}.jsonl"
+        texts = answer_all(prompts, generators[name], images, log_path, images_per_block, f"{name} answers", stop)
+        return ModelAnswers(
+            sighted={name_of(each): answers_to(each, texts) for each in benchmarks},
+            blind={name_of(each): answers_to(each, texts, substitutes) for each in benchmarks},
+        )
+
+    with ThreadPoolExecutor(len(generators)) as pool:
+        futures = {name: pool.submit(ask, name) for name in generators}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for future in done:
+            future.result()
+        return {name: future.result() for name, future in futures.items()}
+
+
+def shuffle_images(benchmarks: Iterable[Benchmark], seed: int) -> dict[str, str]:
+    """What the blind run shows in each image's place."""
+    return derange(needed_images(benchmarks), seed)
+
+
+def judge(benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers], seed: int) -> dict[str, Any]:
+    """Results of all models: scores, intervals and paired comparisons.
+
+    Returns:
+        ``{"models": {name: {"pope": {split: scores}, "pope_blind": ..., "hal_eval": {type: scores}, ...}},
+        "comparisons": {"candidate_blind": {metric: comparison}, "without_hacl": ...}}``; a comparison is that of the
+        candidate with its own blind run or with another model, its difference candidate minus other.
+    """
+    results: dict[str, Any] = {"models": {}, "comparisons": {}}
+    for name, answers in models.items():
+        tree: Scores = {}
+        for benchmark in benchmarks:
+            for said, suffix in ((answers.sighted, ""), (answers.blind, f"_{BLIND}")):
+                _place(tree, benchmark.key, suffix, _score(benchmark, said[name_of(benchmark)], seed))
+        results["models"][name] = tree
+    outcomes = outcomes_of(benchmarks, models)
+    for name, other in outcomes.items():
+        if name == f"{CANDIDATE}_{BLIND}" or (name in models and name != CANDIDATE):
+            results["comparisons"][name] = {
+                metric: asdict(compare_paired(outcomes[CANDIDATE][metric], other[metric], seed=seed))
+                for metric in other
+            }
+    return results
+
+
+def outcomes_of(benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers]) -> dict[str, dict[str, Outcomes]]:
+    """Row (``candidate``, ``candidate_blind``, ...) -> flat metric -> outcomes."""
+    rows: dict[str, dict[str, Outcomes]] = {}
+    for name, answers in models.items():
+        for row, said in ((name, answers.sighted), (f"{name}_{BLIND}", answers.blind)):
+            rows[row] = {}
+            for benchmark in benchmarks:
+                rows[row].update(benchmark.outcomes(said[name_of(benchmark)]))
+    return rows
+
+
+def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of `judge`'s results by flat names, such as ``pope_random_accuracy`` for the candidate,
+    ``blind_pope_random_accuracy`` for its blind run, and both again with ``without_hacl_`` in front."""
+    flat: dict[str, float] = {}
+    for name, tree in results["models"].items():
+        prefix = "" if name == CANDIDATE else f"{name}_"
+        for key, scores in tree.items():
+            blind = key.endswith(f"_{BLIND}")
+            start = prefix + (f"{BLIND}_{key.removesuffix(f'_{BLIND}')}" if blind else key)
+            flat.update(_flatten(start, scores))
+    return flat
+
+
+def _score(benchmark: Benchmark, answers: Mapping[str, str], seed: int) -> Scores:
+    scores = benchmark.score(answers)
+    if isinstance(benchmark, Chair):
+        parts = list(benchmark.outcomes(answers)["chair_instance_rate"].values())
+        scores["instance_rate_interval"] = list(bootstrap_interval(parts, seed=seed))
+    return scores
+
+
+def _place(tree: Scores, key: tuple[str, ...], suffix: str, scores: Scores) -> None:
+    first, *rest = key
+    level = tree if not rest else tree.setdefault(first + suffix, {})
+    level[rest[0] if rest else first + suffix] = scores
+
+
+def _flatten(prefix: str, scores: Mapping[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in scores.items():
+        if isinstance(value, Mapping):
+            if key not in _NOT_FLAT:
+                flat.update(_flatten(f"{prefix}_{key}", value))
+        elif isinstance(value, int | float):
+            flat[f"{prefix}_{key}"] = float(value)
+    return flat

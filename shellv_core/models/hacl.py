@@ -1,0 +1,69 @@
+"""HACL's heads: what maps hidden states to the space where images and captions are compared.
+
+They live beside the model in a file of their own and are not part of an exported model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from shellv_core.errors import ModelError
+
+INITIAL_TEMPERATURE = 0.07
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+class HaclHeads(nn.Module):
+    """Two linear heads, hidden_size -> hidden_size // 4 with bias, and a learned temperature.
+
+    Source: X-PLUG/mPLUG-HalOwl@63863fc hacl/llava/model/llava_arch.py (vision_projector, text_projector, itc_temp).
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.vision_projector = nn.Linear(hidden_size, hidden_size // 4)
+        self.text_projector = nn.Linear(hidden_size, hidden_size // 4)
+        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+
+    def embed_images(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (..., hidden_size) to normalized float32 (..., hidden_size // 4)."""
+        return functional.normalize(self.vision_projector(hidden_states).float(), dim=-1)
+
+    def embed_texts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (..., hidden_size) to normalized float32 (..., hidden_size // 4)."""
+        return functional.normalize(self.text_projector(hidden_states).float(), dim=-1)
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature within its range; call it after each optimizer step."""
+        self.temperature.clamp_(*TEMPERATURE_RANGE)
+
+
+def save_heads(heads: HaclHeads, path: Path) -> None:
+    """Write the heads as safetensors."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
+    save_file(tensors, path, metadata={"hidden_size": str(heads.hidden_size)})
+
+
+def load_heads(path: Path) -> HaclHeads:
+    """Read heads that `save_heads` wrote.
+
+    Raises:
+        ModelError: if the file is missing or holds something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            heads = HaclHeads(int((file.metadata() or {})["hidden_size"]))
+            heads.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{path} holds no HACL heads: {error}. Give heads.safetensors of a finetune output."
+        ) from error
+    return heads

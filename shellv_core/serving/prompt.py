@@ -1,0 +1,161 @@
+"""A conversation to the model's inputs, by the model's own chat template.
+
+What people type is text and only text: a special token's spelling inside it does not become that token, and
+``<image>`` opens no image slot.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shellv_core.serving.engine import ImagePart, Message, RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs of one sequence.
+
+    Attributes:
+        token_ids: the prompt, with one image token per image feature.
+        pixel_values: [num_images, channels, height, width], or None without pictures.
+    """
+
+    token_ids: list[int]
+    pixel_values: torch.Tensor | None
+
+
+class PromptEncoder:
+    """Encodes conversations for one model; to be called from one thread only, as a tokenizer's settings are shared.
+
+    Args:
+        processor: the model's processor, with tokenizer, image processor and chat template.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self._tokenizer = processor, processor.tokenizer
+        self._image_token: str = processor.image_token
+        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = {*special, *self._tokenizer.all_special_tokens, self._image_token}
+        self._reserved = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+    def encode(self, messages: Iterable[Message]) -> Prompt:
+        """The inputs with which the model answers the last message.
+
+        Raises:
+            RequestError: if the chat template refuses the conversation.
+        """
+        turns, texts, images = self._turns(tuple(messages))
+        template = self._render(turns)
+        features = [self._image_inputs(image) for image in images]
+        token_ids = self._token_ids(template, texts, [num_tokens for num_tokens, _ in features])
+        return Prompt(token_ids, _concatenated([pixel_values for _, pixel_values in features]))
+
+    def _turns(self, messages: tuple[Message, ...]) -> tuple[list[Any], dict[str, str], list[Image.Image]]:
+        """The template's view of the messages, with a placeholder for each text, what the placeholders stand for,
+        and the pictures in order."""
+        nonce = secrets.token_hex(8)
+        turns: list[Any] = []
+        texts: dict[str, str] = {}
+        images: list[Image.Image] = []
+        for message in messages:
+            content: list[dict[str, str]] = []
+            for part in message.parts:
+                if isinstance(part, ImagePart):
+                    images.append(part.image)
+                    content.append({"type": "image"})
+                else:
+                    placeholder = f"[{nonce}:{len(texts)}]"
+                    core = part.text.strip()
+                    texts[placeholder] = core
+                    # The white space around stays visible to the template, which may trim it.
+                    text = part.text.replace(core, placeholder, 1) if core else part.text
+                    content.append({"type": "text", "text": text})
+            turns.append({"role": message.role, "content": content})
+        return turns, texts, images
+
+    def _render(self, turns: list[Any]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            rendered: str = self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise RequestError(f"the model's chat template refuses this conversation: {error}", "messages") from None
+        return rendered
+
+    def _image_inputs(self, image: Image.Image) -> tuple[int, torch.Tensor]:
+        """Number of image tokens and pixel values [1, channels, height, width]."""
+        inputs = self._processor(text=[self._image_token], images=[image], return_tensors="pt")
+        num_tokens = int((inputs["input_ids"] == self._processor.image_token_id).sum())
+        return num_tokens, inputs["pixel_values"]
+
+    def _token_ids(self, template: str, texts: dict[str, str], num_image_tokens: list[int]) -> list[int]:
+        slots = template.split(self._image_token)
+        if len(slots) != len(num_image_tokens) + 1:
+            raise RequestError(
+                f"the model's chat template made {len(slots) - 1} image slots of {len(num_image_tokens)} pictures;"
+                " put the pictures into user messages.",
+                "messages",
+            )
+        expanded = slots[0]
+        for slot, num_tokens in zip(slots[1:], num_image_tokens, strict=True):
+            expanded += self._image_token * num_tokens + slot
+        pieces = _split_at(expanded, texts)
+        starts_itself = bool(self._tokenizer.bos_token) and expanded.startswith(self._tokenizer.bos_token)
+        if any(self._reserved.search(text) for text in texts.values()):
+            return self._encode_in_runs(pieces, texts, starts_itself)
+        # The usual case in one call, as in training, since tokens may span the border of template and text.
+        whole = "".join(texts.get(piece, piece) for piece in pieces)
+        token_ids: list[int] = self._tokenizer(whole, add_special_tokens=not starts_itself)["input_ids"]
+        return token_ids
+
+    def _encode_in_runs(self, pieces: list[str], texts: dict[str, str], starts_itself: bool) -> list[int]:
+        """Encode the template's special tokens as such and everything else as plain text."""
+        runs: list[tuple[str, bool]] = []
+        for piece in pieces:
+            if piece in texts:
+                runs.append((texts[piece], False))
+                continue
+            position = 0
+            for match in self._reserved.finditer(piece):
+                runs += [(piece[position : match.start()], False), (match.group(), True)]
+                position = match.end()
+            runs.append((piece[position:], False))
+        token_ids: list[int] = [] if starts_itself else list(self._tokenizer("")["input_ids"])
+        plain = ""
+        for text, reserved in runs:
+            if reserved:
+                token_ids += [*self._plain(plain), self._tokenizer.convert_tokens_to_ids(text)]
+                plain = ""
+            else:
+                plain += text
+        return token_ids + self._plain(plain)
+
+    def _plain(self, text: str) -> list[int]:
+        """Encode `text` with no part of it read as a reserved token: each one's spelling is cut after its first
+        character, which holds for every kind of tokenizer."""
+        token_ids: list[int] = []
+        while text:
+            match = self._reserved.search(text)
+            end = match.start() + 1 if match and match.start() + 1 < len(text) else len(text)
+            token_ids += self._tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+            text = text[end:]
+        return token_ids
+
+
+def _split_at(template: str, placeholders: Iterable[str]) -> list[str]:
+    pattern = "|".join(map(re.escape, placeholders))
+    return re.split(f"({pattern})", template) if pattern else [template]
+
+
+def _concatenated(pixel_values: list[torch.Tensor]) -> torch.Tensor | None:
+    import torch
+
+    return torch.cat(pixel_values) if pixel_values else None

@@ -1,0 +1,116 @@
+"""Where a served model comes from: a folder, a committed stage output, or a registered version.
+
+/path/to/model                      a model directory
+s3://bucket/merge, file:///merge    the output of merge_lora or pretrain_projector
+models:/NAME@ALIAS, models:/NAME/3  a registered version, whose source is such an output
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shellv_core.config import fingerprint
+from shellv_core.errors import ServingError
+from shellv_core.storage import InputDirectory, local_path, sha256_of
+from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
+
+MODEL_PREFIX = "model"
+REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and contents."""
+
+    path: Path
+    name: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class RegisteredSource:
+    """A version of a registered model, and the address of the output that holds it."""
+
+    name: str
+    version: str
+    uri: str
+
+
+def fetch_model(reference: str) -> ModelFiles:
+    """Bring the model that `reference` names to this machine, verified.
+
+    Raises:
+        ServingError: if the reference is of no known form, or names nothing.
+        StorageError: if a stage's output cannot be read.
+        TrackingError: if the registry does not answer.
+    """
+    if reference.startswith("models:"):
+        registered = find_registered(reference)
+        return _committed(registered.uri, registered.name)
+    if "://" not in reference:
+        return _folder(Path(reference))
+    folder = local_path(reference)
+    if folder is not None and (folder / "config.json").is_file():
+        return _folder(folder)
+    return _committed(reference, reference.rstrip("/").rpartition("/")[2])
+
+
+def find_registered(reference: str) -> RegisteredSource:
+    """The version that a ``models:/`` reference names.
+
+    Raises:
+        ServingError: if the reference has another form, or there is no such version.
+        TrackingError: if the registry does not answer.
+    """
+    match = REGISTERED.fullmatch(reference)
+    if match is None:
+        raise ServingError(f"{reference!r} is not a registered model; use models:/NAME@ALIAS or models:/NAME/VERSION.")
+    from mlflow.exceptions import MlflowException
+
+    from shellv_core.tracking.runs import open_client
+
+    client = open_client()
+    name = match["name"]
+    try:
+        if match["alias"]:
+            version = client.get_model_version_by_alias(name, match["alias"])
+        else:
+            version = client.get_model_version(name, match["version"])
+    except MlflowException as error:
+        raise ServingError(
+            f"{reference} names no registered version ({str(error).splitlines()[0]}). Run promote first, or give a"
+            " model directory."
+        ) from None
+    return RegisteredSource(name, str(version.version), str(version.source))
+
+
+def _committed(uri: str, name: str) -> ModelFiles:
+    # A registered version may name the model inside the output.
+    uri = uri.rstrip("/").removesuffix(f"/{MODEL_PREFIX}")
+    embedded = uri.startswith("s3://") and not external_s3_configured()
+    with embedded_s3() if embedded else contextlib.nullcontext():
+        output = InputDirectory(uri)
+        path = output.fetch_tree(MODEL_PREFIX)
+    entries = [
+        (entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")
+    ]
+    return ModelFiles(path, name, _revision(entries))
+
+
+def _folder(path: Path) -> ModelFiles:
+    path = path.absolute()
+    if not (path / "config.json").is_file():
+        raise ServingError(
+            f"{path} is not a model directory (it has no config.json). Give a model directory, the s3:// or file://"
+            " address of a merge_lora output, or models:/NAME@ALIAS."
+        )
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    entries = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
+    return ModelFiles(path, path.parent.name if path.name == MODEL_PREFIX else path.name, _revision(entries))
+
+
+def _revision(entries: list[tuple[str, str]]) -> str:
+    return fingerprint(sorted(entries))

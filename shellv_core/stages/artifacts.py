@@ -1,0 +1,51 @@
+"""What a stage's result leaves in a workflow engine's artifacts: small files that refer to the object store.
+
+Knows nothing of kfp: an artifact is anything with a `path` to write to and a `metadata` dictionary. Bulk data never
+passes through here; it goes straight between a stage and the object store.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+from shellv_core.stages.runner import StageResult
+from shellv_core.storage import InputDirectory
+
+
+class Artifact(Protocol):
+    """The part of an output artifact that is used here."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+def write_reference(result: StageResult, artifact: Artifact) -> None:
+    """Write where the output lies and what it is (JSON) to the artifact, and the same as its metadata."""
+    reference = {"stage": result.stage, "output_uri": result.output_uri, "fingerprint": result.fingerprint}
+    artifact.metadata.update(reference)
+    _write_json(Path(artifact.path), {**reference, "metrics": result.metrics, "details": result.details})
+
+
+def write_metrics(result: StageResult, artifact: Artifact) -> None:
+    """Show the metrics as the artifact's metadata, and write them (JSON) to its file, without which no cache hits."""
+    artifact.metadata.update(result.metrics)
+    _write_json(Path(artifact.path), result.metrics)
+
+
+def write_file(result: StageResult, name: str, artifact: Artifact) -> None:
+    """Copy file `name` of the output to the artifact.
+
+    Raises:
+        ObjectNotFoundError: if the output has no such file.
+    """
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(InputDirectory(result.output_uri).fetch(name), path)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

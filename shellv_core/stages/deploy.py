@@ -1,0 +1,170 @@
+"""Serves the champion and asks it one question."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import Field
+
+from shellv_core.errors import ConfigError
+from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REQUEST_NAME = "request.json"
+
+
+class DeployConfig(StageConfig):
+    """Settings of deploy."""
+
+    data_uri: str = ""  # output of prepare_data, whose first validation picture is asked about
+    image_uri: str | None = None  # a picture to ask about instead; data_uri is then not needed
+    promotion_uri: str | None = None  # output of promote that this deployment follows
+    registered_model: str = Field(default="shellv", pattern=r"^[A-Za-z0-9._-]+$")
+    alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9._-]+$")
+    target: str = "local"
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)  # 0 takes a free one
+    question: str = Field(default="What is in this picture?", min_length=1)
+    max_answer_tokens: int = Field(default=64, ge=1)
+    startup_timeout_seconds: float = Field(default=180.0, gt=0)
+    keep_running: bool = False
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A rolled-out model: where it answers, and facts about how it runs, for the record."""
+
+    url: str
+    details: dict[str, Any]
+
+
+class Deployer(Protocol):
+    """A way to roll a model out."""
+
+    def __call__(self, config: DeployConfig, model: str) -> AbstractContextManager[Deployment]:
+        """Roll out `model`, a registry reference, and wait until it is ready.
+
+        An error raised inside the context (a wrong answer) takes the deployment back.
+        """
+        ...
+
+
+def run(config: DeployConfig) -> StageResult:
+    """Roll out the version that the alias names, and ask it one real question about a real picture.
+
+    The stage runs every time, because its effect lies outside its output.
+
+    Output: ``request.json``, the question as it was sent. Metrics: seconds until ready and until the answer. Details:
+    version, URL, question, answer, the command that serves this model, and a curl line that asks again.
+
+    Raises:
+        ConfigError: if the target is unknown.
+        ServingError: if there is no such version, the server does not start, or its answer is empty.
+    """
+    if config.target not in DEPLOYERS:
+        raise ConfigError(
+            f"target={config.target!r} is not a place to deploy to; allowed: {', '.join(DEPLOYERS)}."
+            " Manifests for a cluster are not part of this version."
+        )
+    inputs = {"data": None if config.image_uri else config.data_uri, "promotion": config.promotion_uri}
+    return run_stage("deploy", config, _body, inputs=inputs, code=("serving",), reuse=lambda committed: False)
+
+
+def _body(run: StageRun[DeployConfig]) -> None:
+    import asyncio
+    import json
+    import time
+
+    from shellv_core.errors import ServingError
+    from shellv_core.logs import get_logger
+    from shellv_core.serving.client import EndpointClient, user_message
+    from shellv_core.serving.reference import find_registered
+
+    config, logger = run.config, get_logger(__name__)
+    reference = f"models:/{config.registered_model}@{config.alias}"
+    registered = find_registered(reference)
+    request: dict[str, Any] = {
+        "messages": [user_message(config.question, _read_picture(run))],
+        "max_tokens": config.max_answer_tokens,
+        "temperature": 0,
+    }
+    body = json.dumps(request).encode()
+    run.output.put_bytes(body, REQUEST_NAME)
+    started = time.monotonic()
+    with DEPLOYERS[config.target](config, reference) as deployment:
+        ready = time.monotonic()
+        client = EndpointClient(deployment.url)
+        served = asyncio.run(client.model())
+        answer = asyncio.run(client.answer(**request)).strip()
+        if not answer:
+            raise ServingError(
+                f"{reference} (version {registered.version}) answers {config.question!r} with nothing; the model is"
+                " not fit to serve. Look at its evaluation, or move the alias back to an earlier version."
+            )
+        run.metrics.update(startup_seconds=ready - started, answer_seconds=time.monotonic() - ready)
+        run.details.update(
+            model=reference,
+            version=registered.version,
+            revision=served["revision"],
+            target=config.target,
+            url=deployment.url,
+            question=config.question,
+            answer=answer,
+            **deployment.details,
+            **_ways_to_ask(config, deployment.url, reference, body),
+        )
+    logger.info("deploy: %s version %s answered %r with %r", reference, registered.version, config.question, answer)
+
+
+def _read_picture(run: StageRun[DeployConfig]) -> bytes:
+    from shellv_core.data.shards import read_shards
+    from shellv_core.errors import DataError
+    from shellv_core.storage import read_bytes
+
+    if run.config.image_uri:
+        return read_bytes(run.config.image_uri)
+    picture = next((each.image for each in read_shards(run.inputs["data"], "validation") if each.image), None)
+    if picture is None:
+        raise DataError(f"{run.inputs['data'].uri} has no validation sample with a picture; give image_uri instead.")
+    return picture
+
+
+def _ways_to_ask(config: DeployConfig, url: str, reference: str, body: bytes) -> dict[str, str]:
+    """The command that serves this model, and the curl line that asks the same question there."""
+    import shlex
+
+    from shellv_core.serving.serve_command import DEFAULT_PORT
+    from shellv_core.storage import home
+
+    path = home() / "deploy" / REQUEST_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(body)
+    port = config.port or DEFAULT_PORT
+    address = url if config.keep_running else f"http://127.0.0.1:{port}"
+    return {
+        "serve": f"shellv serve --model {reference}" + ("" if port == DEFAULT_PORT else f" --port {port}"),
+        "curl": f"curl -s {address}/v1/chat/completions -H 'content-type: application/json'"
+        f" -d @{shlex.quote(str(path))}",
+    }
+
+
+@contextlib.contextmanager
+def _deploy_locally(config: DeployConfig, model: str) -> Iterator[Deployment]:
+    """A child process of this one; it goes with the stage unless it is to be kept."""
+    from shellv_core.serving.local_server import local_server
+    from shellv_core.storage import home
+
+    log_path = home() / "logs" / "serve.log"
+    with local_server(
+        model, config.host, config.port, log_path, config.startup_timeout_seconds, config.keep_running
+    ) as server:
+        details = {"pid": server.pid, "stop": f"kill {server.pid}"} if config.keep_running else {}
+        yield Deployment(server.url, details)
+
+
+DEPLOYERS: dict[str, Deployer] = {"local": _deploy_locally}

@@ -1,0 +1,98 @@
+"""finetune: train LoRA adapters and the projector with the generation loss and HACL's contrastive objective.
+
+Output: ``adapter/`` and, where the objective was used, ``hacl/heads.safetensors``. Without LoRA the whole model is
+trained and the output is ``model/``.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from shellv_core.models.config import LoraConfig
+from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+from shellv_core.training.config import HaclConfig, TrainingConfig
+
+
+class FinetuneConfig(StageConfig):
+    """Settings of finetune.
+
+    Attributes:
+        data_uri: output of prepare_data.
+        model_uri: output of pretrain_projector.
+        lora: adapters on the language model; null trains its own weights.
+        hacl: the contrastive objective; ``hacl.weight=0`` is the plain baseline.
+    """
+
+    data_uri: str = ""
+    model_uri: str = ""
+    lora: LoraConfig | None = LoraConfig()
+    hacl: HaclConfig = HaclConfig(weight=0.5)
+    training: TrainingConfig = TrainingConfig(
+        global_batch_size=128, trainable=("projector", "language_model"), projector_learning_rate=2e-5
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneConfig:
+        if self.lora and "language_model" not in self.training.trainable:
+            raise ValueError(
+                "lora adapts the language model, which training.trainable leaves out; add it or set lora=null"
+            )
+        return self
+
+
+def run(config: FinetuneConfig) -> StageResult:
+    """Make ``adapter/`` (or ``model/``) in `config.output_uri`."""
+    return run_stage(
+        "finetune",
+        config,
+        _body,
+        inputs={"data": config.data_uri, "model": config.model_uri},
+        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "training"),
+    )
+
+
+def _body(run: StageRun[FinetuneConfig]) -> None:
+    import torch
+
+    from shellv_core.models.compose import load_model, save_model
+    from shellv_core.models.hacl import HaclHeads, save_heads
+    from shellv_core.models.lora import add_lora, save_adapter
+    from shellv_core.training.fit import TrainingData, fit
+    from shellv_core.training.loop import set_trainable
+    from shellv_core.training.model import TrainingModel
+
+    config, data = run.config, TrainingData.of(run.inputs["data"], "train")
+    model, processor = load_model(run.inputs["model"].fetch_tree("model/"))
+    heads = None
+    if config.hacl.weight:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            heads = HaclHeads(model.lm_head.in_features)
+    module = TrainingModel(model, heads, config.hacl)
+    set_trainable(module, config.training)
+    adapted = None
+    if config.lora:
+        adapted = add_lora(model, config.lora, "projector" in config.training.trainable, config.seed)
+    summary = fit(
+        module,
+        processor,
+        data,
+        config.training,
+        config.seed,
+        run.work,
+        run.log_metrics,
+        "finetune",
+    )
+    module.to("cpu")
+    if adapted is None:
+        save_model(model, processor, run.work / "model")
+        run.output.put_tree(run.work / "model", "model")
+    else:
+        save_adapter(adapted, run.work / "adapter", run.inputs["model"].uri)
+        run.output.put_tree(run.work / "adapter", "adapter")
+    if heads is not None:
+        path = run.work / "heads.safetensors"
+        save_heads(heads, path)
+        run.output.put_file(path, "hacl/heads.safetensors")
+    run.metrics.update(summary.metrics)
+    run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri)

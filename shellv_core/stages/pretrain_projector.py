@@ -1,0 +1,93 @@
+"""pretrain_projector: compose a model and train its projector, if asked its language model too, on the training split.
+
+Output: ``model/``, a directory that transformers loads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shellv_core.models.config import ModelConfig
+from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+from shellv_core.training.config import AlignmentConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    from shellv_core.training.fit import TrainingData
+
+CALIBRATION_IMAGES = 256
+
+
+class PretrainProjectorConfig(StageConfig):
+    """Settings of pretrain_projector.
+
+    Attributes:
+        data_uri: output of prepare_data.
+        alignment: align the projector with the caption's words first; for language models without pretraining.
+    """
+
+    data_uri: str = ""
+    model: ModelConfig = ModelConfig()
+    alignment: AlignmentConfig | None = None
+    training: TrainingConfig = TrainingConfig(global_batch_size=256, projector_learning_rate=1e-3)
+
+
+def run(config: PretrainProjectorConfig) -> StageResult:
+    """Make ``model/`` in `config.output_uri`."""
+    return run_stage(
+        "pretrain_projector",
+        config,
+        _body,
+        inputs={"data": config.data_uri},
+        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "training"),
+    )
+
+
+def _body(run: StageRun[PretrainProjectorConfig]) -> None:
+    from shellv_core.models.compose import load_model, save_model
+    from shellv_core.training.fit import TrainingData, fit
+    from shellv_core.training.loop import set_trainable
+    from shellv_core.training.model import TrainingModel
+
+    data, training = TrainingData.of(run.inputs["data"], "train"), run.config.training
+    initial = run.work / "initial"
+    if not initial.exists():
+        model, processor = _build(run.config, data)
+        unfinished = run.work / "initial.unfinished"
+        save_model(model, processor, unfinished)
+        unfinished.rename(initial)
+    model, processor = load_model(initial)
+    module = TrainingModel(model)
+    set_trainable(module, training)
+    summary = fit(
+        module,
+        processor,
+        data,
+        training,
+        run.config.seed,
+        run.work,
+        run.log_metrics,
+        "pretrain_projector",
+        run.config.alignment,
+    )
+    module.to("cpu")
+    save_model(model, processor, run.work / "model")
+    run.output.put_tree(run.work / "model", "model")
+    run.metrics.update(summary.metrics)
+    run.details["num_steps"] = summary.num_steps
+
+
+def _build(config: PretrainProjectorConfig, data: TrainingData) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    from itertools import islice
+
+    from shellv_core.models.compose import build_model, calibrate_vision_tower
+    from shellv_core.training.examples import image_bytes
+    from shellv_core.training.features import pixel_batches
+    from shellv_core.training.fit import tokenizer_texts
+
+    model, processor = build_model(config.model, tokenizer_texts(data.read()), config.seed)
+    if config.model.vision_tower.standardize:
+        images = islice(image_bytes(data.read()), CALIBRATION_IMAGES)
+        calibrate_vision_tower(model, pixel_batches(images, processor))
+    return model, processor

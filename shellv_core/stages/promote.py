@@ -1,0 +1,181 @@
+"""Registers a model and decides, on its evaluation, whether it becomes the champion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+
+if TYPE_CHECKING:
+    from shellv_core.storage import Manifest
+    from shellv_core.tracking.gate import Interval, Thresholds, Verdict
+    from shellv_core.tracking.registry import ModelRegistry, RegisteredVersion
+
+OUTCOMES_NAME = "outcomes.json"
+
+
+class PromoteConfig(StageConfig):
+    """Settings of promote."""
+
+    evaluation_uri: str = ""  # output of evaluate for this model
+    model_uri: str = ""  # output of merge_lora
+    registered_model: str = Field(default="shellv", pattern=r"^[A-Za-z0-9._-]+$")
+    thresholds_uri: str = "default"  # YAML file, or the name of one that comes with the library: default, smoke
+
+
+def run(config: PromoteConfig) -> StageResult:
+    """Register the model as `candidate`; if it passes the gate, let `champion` name it too.
+
+    A rejected candidate is a result, not a fault: the stage succeeds with ``promoted`` 0 and the reasons in the
+    verdict, the alias `champion` stays where it is, and deploy serves that. An earlier verdict about the same model and
+    evaluation stands as long as the registry's aliases are as it left them.
+
+    Output: ``verdict.json``. Metrics: ``promoted`` and ``version``. Details: the verdict, with version and aliases.
+
+    Raises:
+        PromotionError: if the evaluation is of another model, or the thresholds name an unknown metric.
+        TrackingError: if MLflow does not answer or refuses.
+    """
+    inputs = {"evaluation": config.evaluation_uri, "model": config.model_uri}
+    return run_stage("promote", config, _body, inputs=inputs, code=("tracking",), reuse=lambda done: _stands(config, done))
+
+
+def _stands(config: PromoteConfig, committed: Manifest) -> bool:
+    from shellv_core.tracking.registry import CANDIDATE, CHAMPION, ModelRegistry
+
+    registry = ModelRegistry(config.registered_model)
+    now = [found.version if found else None for found in map(registry.find, (CANDIDATE, CHAMPION))]
+    return now == [committed.details["version"], committed.details["champion_version"]]
+
+
+def _body(run: StageRun[PromoteConfig]) -> None:
+    import json
+
+    from shellv_core.errors import PromotionError
+    from shellv_core.tracking.gate import decide
+    from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry
+
+    evaluation, model = run.inputs["evaluation"], run.inputs["model"]
+    judged = evaluation.manifest.inputs.get("model")
+    if judged is None or judged.content_sha256 != model.content_sha256:
+        raise PromotionError(
+            f"{evaluation.uri} is not an evaluation of the model at {model.uri}, but of"
+            f" {judged.uri if judged else 'none'}. Give the evaluate stage's output for this model."
+        )
+    thresholds = _read_thresholds(run.config.thresholds_uri)
+    registry = ModelRegistry(run.config.registered_model)
+    # Decide before registering: thresholds that do not fit leave the registry as it was.
+    champion = registry.find(CHAMPION)
+    is_champion = champion is not None and _is_same(champion, run)
+    others, paired = (None, {}) if champion is None or is_champion else _compare(run, champion, thresholds)
+    verdict = decide(evaluation.manifest.metrics, others, thresholds, paired)
+
+    registered = registry.register(
+        model.uri,
+        model.manifest.fingerprint,
+        model.content_sha256,
+        {EVALUATION_TAG: evaluation.uri},
+        run_id=run.tracked.run_id,
+    )
+    registry.set_alias(CANDIDATE, registered.version)
+    if verdict.promoted and not is_champion:
+        registry.set_alias(CHAMPION, registered.version)
+    _record(run, registry, registered, champion, verdict, is_champion)
+    run.output.put_bytes((json.dumps(run.details, indent=1) + "\n").encode(), "verdict.json")
+
+
+def _read_thresholds(uri: str) -> Thresholds:
+    from importlib.resources import files
+
+    from shellv_core.config import nearest
+    from shellv_core.errors import PromotionError
+    from shellv_core.storage import read_bytes
+    from shellv_core.tracking.gate import read_thresholds
+
+    if "://" in uri:
+        return read_thresholds(read_bytes(uri).decode("utf-8"), uri)
+    shipped = {
+        path.name.removesuffix(".yaml"): path
+        for path in files("shellv_core.tracking").joinpath("gates").iterdir()
+        if path.name.endswith(".yaml")
+    }
+    if uri not in shipped:
+        raise PromotionError(
+            f"thresholds_uri={uri!r} is neither an address (s3://, file://) nor the name of thresholds that come with"
+            f" the library; {nearest(uri, shipped)}"
+        )
+    return read_thresholds(shipped[uri].read_text(encoding="utf-8"), uri)
+
+
+def _is_same(champion: RegisteredVersion, run: StageRun[PromoteConfig]) -> bool:
+    from shellv_core.tracking.registry import SHA256_TAG
+
+    return champion.tags.get(SHA256_TAG) == run.inputs["model"].content_sha256
+
+
+def _compare(
+    run: StageRun[PromoteConfig], champion: RegisteredVersion, thresholds: Thresholds
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """The champion's metrics, and paired intervals of what both evaluations asked alike."""
+    import json
+
+    from shellv_core.errors import PromotionError, StorageError
+    from shellv_core.evaluation.statistics import compare_paired
+    from shellv_core.storage import InputDirectory
+    from shellv_core.tracking.registry import EVALUATION_TAG
+
+    evaluation = run.inputs["evaluation"]
+    try:
+        previous = InputDirectory(champion.tags.get(EVALUATION_TAG, ""))
+        old: Mapping[str, Any] = json.loads(previous.fetch(OUTCOMES_NAME).read_bytes())
+    except StorageError as error:
+        raise PromotionError(
+            f"the champion (version {champion.version} of {champion.name!r}) has no readable evaluation"
+            f" ({error}) Restore it, evaluate and promote that version again, or delete the alias 'champion'."
+        ) from None
+    data, old_data = (each.manifest.inputs.get("data") for each in (evaluation, previous))
+    if data is None or old_data is None or data.content_sha256 != old_data.content_sha256:
+        return previous.manifest.metrics, {}
+    new: Mapping[str, Any] = json.loads(evaluation.fetch(OUTCOMES_NAME).read_bytes())
+    intervals = {}
+    for metric in thresholds.not_worse_than_champion:
+        if metric in new["candidate"] and metric in old["candidate"]:
+            compared = compare_paired(new["candidate"][metric], old["candidate"][metric], seed=run.config.seed)
+            intervals[metric] = (compared.low, compared.high)
+    return previous.manifest.metrics, intervals
+
+
+def _record(
+    run: StageRun[PromoteConfig],
+    registry: ModelRegistry,
+    registered: RegisteredVersion,
+    champion: RegisteredVersion | None,
+    verdict: Verdict,
+    is_champion: bool,
+) -> None:
+    from shellv_core.logs import get_logger
+
+    reasons = verdict.reasons
+    decision = "unchanged" if is_champion else ("promoted" if verdict.promoted else "rejected")
+    now = registered.version if verdict.promoted or is_champion else (champion.version if champion else None)
+    run.details.update(
+        registered_model=registered.name,
+        version=registered.version,
+        model_uri=registered.model_uri,
+        decision=decision,
+        promoted=verdict.promoted,
+        reasons=reasons,
+        champion_version=now,
+        previous_champion_version=champion.version if champion else None,
+    )
+    run.metrics.update(promoted=float(verdict.promoted), version=float(registered.version))
+    tags = {"shellv.decision": decision, "shellv.reasons": "\n".join(reasons)[:4900]}
+    registry.set_tags(registered.version, tags)
+    run.tracked.set_tags({**tags, "shellv.version": registered.version})
+    logger = get_logger(__name__)
+    logger.info("promote: version %s of %s is %s", registered.version, registered.name, decision)
+    for reason in reasons:
+        logger.info("promote: %s", reason)

@@ -1,0 +1,175 @@
+"""Whether a candidate becomes the champion: a pure decision over two sets of metrics and a file of thresholds.
+
+Knows nothing of MLflow, of models or of how the metrics came about. Metrics have flat names such as
+``pope_random_accuracy``; ``blind_`` in front names the same of the run with shuffled pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import Field, model_validator
+
+from shellv_core.config import Config, build_config, nearest
+from shellv_core.errors import ConfigError, PromotionError
+
+Metrics = Mapping[str, float]
+Interval = tuple[float, float]
+
+LOWER_IS_BETTER = ("_instance_rate", "_sentence_rate", "_unparsed_share", "_num_unparsed", "_num_missing")
+BLIND_PREFIX = "blind_"
+
+
+class Thresholds(Config):
+    """What a candidate must show. Each section maps metric names to numbers; empty sections ask for nothing.
+
+    Attributes:
+        minimum: the candidate's metric is at least this.
+        maximum: the candidate's metric is at most this.
+        gain_over_blind: the metric is better than that of its own run with shuffled pictures by at least this.
+        not_worse_than_champion: the margin by which the metric may be worse than the champion's. Where both were asked
+            the same questions, the whole paired interval must lie within it; else the two values must.
+    """
+
+    minimum: dict[str, float] = Field(default_factory=dict)
+    maximum: dict[str, float] = Field(default_factory=dict)
+    gain_over_blind: dict[str, float] = Field(default_factory=dict)
+    not_worse_than_champion: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Thresholds:
+        if not any((self.minimum, self.maximum, self.gain_over_blind, self.not_worse_than_champion)):
+            raise ValueError("no rule is given, so every candidate would pass; state at least one metric")
+        negative = [name for name, margin in self.not_worse_than_champion.items() if margin < 0]
+        if negative:
+            raise ValueError(f"not_worse_than_champion.{negative[0]} must not be negative")
+        return self
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule applied: whether it holds, and a sentence with the numbers."""
+
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision and what it rests on, one check for each rule."""
+
+    promoted: bool
+    checks: tuple[Check, ...] = field(default=())
+
+    @property
+    def reasons(self) -> list[str]:
+        """All sentences, those of failed rules first."""
+        return [check.reason for check in sorted(self.checks, key=lambda check: check.passed)]
+
+
+def read_thresholds(content: str, source: str) -> Thresholds:
+    """Parse a thresholds file (YAML).
+
+    Raises:
+        PromotionError: if it is not YAML, or holds an unknown section or no number where one is needed.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise PromotionError(f"the thresholds file {source} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise PromotionError(
+            f"the thresholds file {source} holds {type(values).__name__}; a mapping with the sections"
+            f" {', '.join(Thresholds.model_fields)} is expected."
+        )
+    try:
+        return build_config(Thresholds, {key: value or {} for key, value in values.items()})
+    except ConfigError as error:
+        raise PromotionError(f"the thresholds file {source}: {error}") from None
+
+
+def decide(
+    candidate: Metrics,
+    champion: Metrics | None,
+    thresholds: Thresholds,
+    paired: Mapping[str, Interval] | None = None,
+) -> Verdict:
+    """Apply every rule; the candidate is promoted if all hold.
+
+    Args:
+        candidate: its metrics, those of its blind run included.
+        champion: the champion's metrics, None where there is no champion yet (its rules then hold).
+        paired: metric -> 95 % interval of candidate minus champion, where they were asked the same questions.
+
+    Raises:
+        PromotionError: if a rule names a metric that is not there, with the nearest name.
+    """
+    _check_names(candidate, champion, thresholds)
+    checks = [
+        Check(candidate[name] >= bound, f"{name} is {candidate[name]:.4f}, at least {bound:g} is needed")
+        for name, bound in thresholds.minimum.items()
+    ]
+    checks += [
+        Check(candidate[name] <= bound, f"{name} is {candidate[name]:.4f}, at most {bound:g} is allowed")
+        for name, bound in thresholds.maximum.items()
+    ]
+    checks += [_against_blind(candidate, name, gain) for name, gain in thresholds.gain_over_blind.items()]
+    if champion is not None:
+        checks += [
+            _against_champion(candidate[name], champion[name], name, margin, (paired or {}).get(name))
+            for name, margin in thresholds.not_worse_than_champion.items()
+        ]
+    elif thresholds.not_worse_than_champion:
+        checks.append(Check(True, "there is no champion to compare with"))
+    return Verdict(all(check.passed for check in checks), tuple(checks))
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a smaller value of the metric is the better one."""
+    return name.endswith(LOWER_IS_BETTER)
+
+
+def _against_blind(candidate: Metrics, name: str, gain: float) -> Check:
+    value, blind = candidate[name], candidate[BLIND_PREFIX + name]
+    gained = blind - value if lower_is_better(name) else value - blind
+    return Check(
+        gained >= gain,
+        f"{name} is {value:.4f}, {blind:.4f} with shuffled pictures: gain {gained:+.4f}, at least {gain:+g} is needed",
+    )
+
+
+def _against_champion(value: float, other: float, name: str, margin: float, interval: Interval | None) -> Check:
+    sign = -1.0 if lower_is_better(name) else 1.0
+    if interval is None:
+        gain, how = sign * (value - other), "on other questions, unpaired"
+    else:
+        gain, how = min(sign * bound for bound in interval), "worst end of the 95 % interval on the same questions"
+    return Check(
+        gain >= -margin,
+        f"{name} is {value:.4f}, the champion's {other:.4f}: gain {gain:+.4f} ({how}), at least {-margin:+g} is needed",
+    )
+
+
+def _check_names(candidate: Metrics, champion: Metrics | None, thresholds: Thresholds) -> None:
+    blind = [BLIND_PREFIX + name for name in thresholds.gain_over_blind]
+    names = [
+        *thresholds.minimum,
+        *thresholds.maximum,
+        *thresholds.gain_over_blind,
+        *blind,
+        *thresholds.not_worse_than_champion,
+    ]
+    for name in names:
+        if name not in candidate:
+            raise PromotionError(
+                f"the thresholds name {name!r}, which the evaluation lacks; {nearest(name, candidate)}"
+            )
+    for name in thresholds.not_worse_than_champion:
+        if champion is not None and name not in champion:
+            raise PromotionError(
+                f"the champion's evaluation lacks {name!r}; {nearest(name, champion)}. Evaluate the champion again with"
+                " these benchmarks, or drop the rule from not_worse_than_champion."
+            )

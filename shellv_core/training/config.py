@@ -1,0 +1,74 @@
+"""Settings of the training loop and of the contrastive objective."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shellv_core.config import Config
+
+Part = Literal["projector", "language_model"]
+
+
+class HaclConfig(Config):
+    """The contrastive objective beside the generation loss."""
+
+    #: Weight of (i2t + t2i) / 2 beside the generation loss; 0 leaves the objective out.
+    weight: float = Field(default=0.0, ge=0.0)
+    #: paired: an image is contrasted with its own hallucinated captions; batch: with all of the batch.
+    negatives: Literal["paired", "batch"] = "batch"
+    #: Hallucinated captions per image and step; they take turns where an image has more.
+    num_hallucinated: int = Field(default=1, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+
+
+class AlignmentConfig(Config):
+    """Word alignment of the projector, for language models without pretraining; see `training.alignment`."""
+
+    epochs: int = Field(default=6, ge=1)
+    #: Images per step.
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0.0)
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    #: Words in fewer captions than this, or in more than this share of them, are left out.
+    min_captions: int = Field(default=10, ge=1)
+    max_share: float = Field(default=0.5, gt=0.0, le=1.0)
+
+
+class TrainingConfig(Config):
+    """How a model is trained. Learning rates follow a cosine to zero after a linear warm-up."""
+
+    #: Conversations per optimizer step.
+    global_batch_size: int = Field(default=32, ge=1)
+    #: Conversations per forward pass; smaller than the global batch, gradients accumulate. None: all at once.
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    epochs: float = Field(default=1.0, gt=0.0)
+    #: Stop after this many optimizer steps instead of after `epochs`; the schedule ends there too.
+    max_steps: int | None = Field(default=None, ge=1)
+    trainable: tuple[Part, ...] = ("projector",)
+    projector_learning_rate: float = Field(default=1e-3, gt=0.0)
+    language_model_learning_rate: float = Field(default=2e-5, gt=0.0)
+    warmup_ratio: float = Field(default=0.03, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    adam_beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    #: bf16: matrix products in bfloat16 by autocast, weights and optimizer in float32.
+    precision: Literal["fp32", "bf16"] = "fp32"
+    #: Tokens per conversation, image tokens included; longer ones are cut.
+    max_length: int = Field(default=2048, ge=8)
+    #: Compute the frozen vision tower's features once and keep them on disk; false runs the tower in every step.
+    cache_features: bool = True
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    log_every_steps: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if not self.trainable:
+            raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of"
+                f" micro_batch_size={self.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,171 @@
+"""Training examples as flat arrays: tokenized once, then cut into batches without work per sample in Python."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shellv_core.data.conversation import encode_captions, encode_conversations
+from shellv_core.data.samples import Conversation, Sample
+from shellv_core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_IMAGE = -1
+TOKENIZE_AT_ONCE = 2048
+MAX_CAPTION_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of different lengths in one array: sequence i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: Sequence[np.ndarray]) -> Ragged:
+        """Join int32 sequences."""
+        offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+        np.cumsum([len(sequence) for sequence in sequences], out=offsets[1:])
+        values = np.concatenate(sequences) if sequences else np.zeros(0, dtype=np.int32)
+        return cls(values, offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each sequence."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def padded(self, indices: np.ndarray, fill: int) -> np.ndarray:
+        """The sequences `indices`, right-padded with `fill`: int64 of shape (len(indices), longest)."""
+        starts, lengths = self.offsets[indices], self.lengths[indices]
+        columns = np.arange(lengths.max(initial=0))
+        inside = columns[None, :] < lengths[:, None]
+        positions = np.where(inside, starts[:, None] + columns[None, :], 0)
+        return np.where(inside, self.values[positions] if len(self.values) else 0, fill).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N conversations about M images.
+
+    Attributes:
+        input_ids, labels: N sequences of equal lengths; labels are -100 where nothing is learned.
+        image_index: (N,) index of the conversation's image, -1 for text only.
+        captions: M sequences, empty where an image has no caption.
+        hallucinated: the hallucinated captions of all images; image m has those from hallucinated_offsets[m] to
+            hallucinated_offsets[m + 1].
+        caption_groups, hallucinated_groups: hashes of the texts, equal for equal texts.
+    """
+
+    input_ids: Ragged
+    labels: Ragged
+    image_index: np.ndarray
+    captions: Ragged
+    caption_groups: np.ndarray
+    hallucinated: Ragged
+    hallucinated_groups: np.ndarray
+    hallucinated_offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, each counted once."""
+        return len(self.captions)
+
+
+def image_bytes(samples: Iterable[Sample]) -> Iterator[bytes]:
+    """The encoded images of `samples`, in the order that `tokenize_samples` numbers them."""
+    for sample in samples:
+        if sample.image is not None:
+            yield sample.image
+
+
+def sample_conversations(sample: Sample) -> list[Conversation]:
+    """All conversations of a sample."""
+    return [sample.conversations, *sample.more_conversations]
+
+
+def tokenize_samples(
+    samples: Iterable[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_id: int,
+    num_image_tokens: int,
+    max_length: int,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Examples:
+    """Tokenize every conversation and caption of `samples`; images are numbered in their order.
+
+    Args:
+        samples: read once; their images are not kept.
+        on_sample: called after each sample, for progress.
+
+    Raises:
+        DataError: if there is no conversation, one cannot be encoded, or image and image token do not go together.
+    """
+    conversations: list[Conversation] = []
+    image_index: list[int] = []
+    captions: list[str] = []
+    hallucinated: list[str] = []
+    hallucinated_offsets = [0]
+    for sample in samples:
+        image = NO_IMAGE if sample.image is None else len(captions)
+        for conversation in sample_conversations(sample):
+            conversations.append(conversation)
+            image_index.append(image)
+        if sample.image is not None:
+            captions.append(sample.caption or "")
+            hallucinated += [item.text for item in sample.hallucinated_captions if sample.caption]
+            hallucinated_offsets.append(len(hallucinated))
+        on_sample()
+    if not conversations:
+        raise DataError("there is no conversation to train on; the training split is empty.")
+
+    input_ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for start in range(0, len(conversations), TOKENIZE_AT_ONCE):
+        chunk = conversations[start : start + TOKENIZE_AT_ONCE]
+        for ids, targets in encode_conversations(tokenizer, chunk, image_token_id, num_image_tokens, max_length):
+            _check_image_tokens(ids, image_token_id, num_image_tokens, image_index[len(input_ids)], len(input_ids))
+            input_ids.append(ids)
+            labels.append(targets)
+    return Examples(
+        Ragged.of(input_ids),
+        Ragged.of(labels),
+        np.asarray(image_index, dtype=np.int64),
+        Ragged.of(_encode_texts(tokenizer, captions)),
+        _groups(captions),
+        Ragged.of(_encode_texts(tokenizer, hallucinated)),
+        _groups(hallucinated),
+        np.asarray(hallucinated_offsets, dtype=np.int64),
+    )
+
+
+def _check_image_tokens(ids: np.ndarray, image_token_id: int, num_image_tokens: int, image: int, row: int) -> None:
+    count = int((ids == image_token_id).sum())
+    expected = 0 if image == NO_IMAGE else num_image_tokens
+    if count != expected:
+        raise DataError(
+            f"conversation {row} holds {count} image tokens, {expected} are expected: it must name its one image once,"
+            " in its first turn, and a conversation without an image must not."
+        )
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    encoded = encode_captions(tokenizer, texts, MAX_CAPTION_LENGTH)
+    empty = np.zeros(0, dtype=np.int32)
+    return [ids if text.strip() else empty for text, ids in zip(texts, encoded, strict=True)]
+
+
+def _groups(texts: Sequence[str]) -> np.ndarray:
+    return np.asarray([zlib.crc32(text.strip().encode()) for text in texts], dtype=np.int64)

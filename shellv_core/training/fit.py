@@ -1,0 +1,130 @@
+"""From samples to a trained model: what the training stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlavaProcessor
+
+from shellv_core.config import fingerprint
+from shellv_core.data.samples import Sample
+from shellv_core.data.shards import count_samples, read_shards, split_shards
+from shellv_core.models.compose import num_image_tokens
+from shellv_core.progress import Progress
+from shellv_core.storage import InputDirectory
+from shellv_core.training.alignment import align_words
+from shellv_core.training.config import AlignmentConfig, TrainingConfig
+from shellv_core.training.examples import Examples, image_bytes, sample_conversations, tokenize_samples
+from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
+from shellv_core.training.loop import TrainingSummary, train
+from shellv_core.training.model import TrainingModel
+
+NO_IMAGES = torch.zeros(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples that can be read again and again.
+
+    Attributes:
+        read: opens the samples from the start.
+        identity: hash of what `read` yields.
+    """
+
+    read: Callable[[], Iterable[Sample]]
+    num_samples: int
+    identity: str
+
+    @classmethod
+    def of(cls, source: InputDirectory, split: str) -> TrainingData:
+        """The samples of a split of a prepare_data output."""
+        identity = fingerprint([shard.sha256 for shard in split_shards(source, split)])
+        return cls(lambda: read_shards(source, split), count_samples(source, split), identity)
+
+
+def fit(
+    module: TrainingModel,
+    processor: LlavaProcessor,
+    data: TrainingData,
+    config: TrainingConfig,
+    seed: int,
+    work: Path,
+    log: Callable[[dict[str, float], int], None],
+    description: str,
+    alignment: AlignmentConfig | None = None,
+) -> TrainingSummary:
+    """Tokenize `data`, get its image features and train `module` on it, in place.
+
+    Args:
+        alignment: align the projector with the words of the captions first; its metrics join the summary's.
+        work: local folder that survives a kill.
+    """
+    if torch.cuda.is_available():
+        module.to("cuda")
+    with Progress(data.num_samples, "tokenizing", "samples") as counter:
+        examples = tokenize_samples(
+            data.read(),
+            processor.tokenizer,
+            module.model.config.image_token_id,
+            num_image_tokens(module.model),
+            config.max_length,
+            counter.update,
+        )
+
+    def images() -> Iterator[bytes]:
+        return image_bytes(data.read())
+
+    features: ImageFeatures
+    if not examples.num_images:
+        features = CachedFeatures(NO_IMAGES)
+    elif config.cache_features:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        features = cached_features(images, examples.num_images, data.identity, module.model, processor, dtype)
+    else:
+        features = LiveFeatures(images(), work / "images.bin", module.model, processor)
+    aligned: dict[str, float] = {}
+    if alignment:
+        aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+    summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+
+
+def _align(
+    module: TrainingModel,
+    examples: Examples,
+    features: ImageFeatures,
+    alignment: AlignmentConfig,
+    seed: int,
+    path: Path,
+    log: Callable[[dict[str, float], int], None],
+) -> dict[str, float]:
+    """Align the projector, or take it from `path` where an earlier try left it."""
+    projector = module.model.model.multi_modal_projector
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            projector.load_state_dict({name: file.get_tensor(name) for name in projector.state_dict()})
+            return {name: float(value) for name, value in file.metadata().items()}
+    metrics = align_words(module.model, examples, features, alignment, seed, log)
+    unfinished = path.with_suffix(".tmp")
+    weights = {name: tensor.contiguous() for name, tensor in projector.state_dict().items()}
+    save_file(weights, unfinished, metadata={name: repr(value) for name, value in metrics.items()})
+    unfinished.replace(path)
+    return metrics
+
+
+def tokenizer_texts(samples: Iterable[Sample]) -> Iterator[str]:
+    """The texts that a new tokenizer learns from, as a model will see them."""
+    for sample in samples:
+        for conversation in sample_conversations(sample):
+            for turn in conversation:
+                text = turn["value"].replace("<image>", "").strip()
+                yield f"USER: {text}" if turn["from"] == "human" else f" ASSISTANT: {text}"
+        if sample.caption:
+            yield sample.caption
+        for item in sample.hallucinated_captions:
+            yield item.text

@@ -1,0 +1,281 @@
+"""The training loop: steps, progress, logs, checkpoints.
+
+A run is a function of its model, examples, settings and seed. Killed at any point and started again with the same, it
+goes on from its last checkpoint and ends with the same weights, bit for bit on one machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from shellv_core.config import fingerprint
+from shellv_core.errors import TrainingError
+from shellv_core.logs import get_logger
+from shellv_core.progress import Progress
+from shellv_core.training.batches import (
+    Batch,
+    batch_images,
+    count_label_tokens,
+    make_batch,
+    plan_epoch,
+    steps_per_epoch,
+)
+from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
+from shellv_core.training.config import TrainingConfig
+from shellv_core.training.examples import Examples
+from shellv_core.training.features import ImageFeatures
+from shellv_core.training.model import TrainingModel
+
+logger = get_logger(__name__)
+SUMMARY_STEPS = 50
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a run went; rates count this process only, not what an earlier one did before a kill.
+
+    Attributes:
+        metrics: losses (means over the last 50 steps), samples_per_second, tokens_per_second (without padding),
+            padding_share.
+    """
+
+    num_steps: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class _Meter:
+    """Counts of this process, and losses since the last log line and over the last steps."""
+
+    start: float = field(default_factory=time.monotonic)
+    samples: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    recent: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, losses: dict[str, float], batches: list[Batch]) -> None:
+        self.samples += sum(len(batch.input_ids) for batch in batches)
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.padded_tokens += sum(batch.input_ids.numel() for batch in batches)
+        self.recent = [*self.recent[1 - SUMMARY_STEPS :], losses]
+
+    def losses(self, num_steps: int) -> dict[str, float]:
+        recent = self.recent[-num_steps:]
+        keys = sorted({key for losses in recent for key in losses})
+        return {key: float(np.mean([losses[key] for losses in recent if key in losses])) for key in keys}
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        return {
+            "samples_per_second": self.samples / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "padding_share": 1 - self.tokens / max(self.padded_tokens, 1),
+        }
+
+
+def train(
+    module: TrainingModel,
+    examples: Examples,
+    features: ImageFeatures,
+    config: TrainingConfig,
+    seed: int,
+    checkpoint_directory: Path,
+    log: Callable[[dict[str, float], int], None],
+    description: str = "training",
+) -> TrainingSummary:
+    """Train the parameters of `module` that require gradients, in place.
+
+    Args:
+        module: its parts that shall learn require gradients; see `set_trainable`.
+        features: of the images that `examples` number.
+        checkpoint_directory: local; a checkpoint in it is continued.
+        log: receives metrics and the step, every `config.log_every_steps`.
+
+    Raises:
+        TrainingError: if the loss is not finite, nothing is trainable, or the checkpoint is another run's.
+    """
+    torch.manual_seed(seed)
+    optimizer = build_optimizer(module, config)
+    total = total_steps(len(examples), config)
+    identity = fingerprint(config, seed, total, _identity(examples))
+    checkpoint_directory.mkdir(parents=True, exist_ok=True)
+    first = load_checkpoint(checkpoint_directory, module, optimizer, identity)
+    if first:
+        logger.info("%s: going on from step %d of %d", description, first, total)
+    module.train()
+    meter = _Meter()
+    last_log = first
+    plan = _plan(examples, config, seed, first, total)
+    with _attention(module, config), Progress(total, description, "steps", initial=first) as counter:
+        for step, rows in enumerate(plan, start=first + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
+            losses, batches = _step(module, examples, features, rows, config, optimizer, step)
+            meter.add(losses, batches)
+            rates = meter.rates()
+            counter.update(1, loss=losses["loss"], **{key: rates[key] for key in list(rates)[:2]})
+            if step % config.log_every_steps == 0 or step == total:
+                log({**meter.losses(step - last_log), **rates}, step)
+                last_log = step
+            if step % config.checkpoint_every_steps == 0 or step == total:
+                save_checkpoint(checkpoint_directory, module, optimizer, step, identity)
+    module.eval()
+    return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **(meter.rates() if meter.samples else {})})
+
+
+def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
+    """Let the parts that `config.trainable` names, and HACL's heads, require gradients; freeze all else."""
+    module.requires_grad_(False)
+    inner = module.model
+    if "projector" in config.trainable:
+        inner.model.multi_modal_projector.requires_grad_(True)
+    if "language_model" in config.trainable:
+        inner.model.language_model.requires_grad_(True)
+        inner.lm_head.requires_grad_(True)
+    if module.heads is not None:
+        module.heads.requires_grad_(True)
+
+
+def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW with one learning rate per part; vectors (norms, biases) and the temperature do not decay.
+
+    Raises:
+        TrainingError: if nothing is trainable.
+    """
+    rates = {
+        "projector": config.projector_learning_rate,
+        "language_model": config.language_model_learning_rate,
+        "heads": module.hacl.learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            part = "heads" if name.startswith("heads.") else "projector" if "projector" in name else "language_model"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "base_lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
+            for (part, decays), parameters in groups.items()
+        ],
+        betas=(0.9, config.adam_beta2),
+        fused=True,
+    )
+
+
+def total_steps(num_rows: int, config: TrainingConfig) -> int:
+    """Optimizer steps of a run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(math.ceil(config.epochs * steps_per_epoch(num_rows, config.global_batch_size)), 1)
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Factor of the learning rate in `step` (from 1): linear warm-up, then a cosine that ends near 0."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step <= warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(total - warmup, 1)))
+
+
+def precision(autocast: bool, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The context of a forward pass: bfloat16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+
+
+def _plan(examples: Examples, config: TrainingConfig, seed: int, first: int, total: int) -> Iterator[np.ndarray]:
+    """The rows of each step after `first`."""
+    per_epoch = steps_per_epoch(len(examples), config.global_batch_size)
+    lengths = examples.input_ids.lengths
+    for epoch in range(first // per_epoch, math.ceil(total / per_epoch)):
+        batches = plan_epoch(lengths, config.global_batch_size, seed, epoch)
+        start = max(first - epoch * per_epoch, 0)
+        yield from batches[start : total - epoch * per_epoch]
+
+
+def _step(
+    module: TrainingModel,
+    examples: Examples,
+    features: ImageFeatures,
+    rows: np.ndarray,
+    config: TrainingConfig,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> tuple[dict[str, float], list[Batch]]:
+    num_labels = count_label_tokens(examples, rows)
+    size = config.micro_batch_size or len(rows)
+    micro_rows = [rows[start : start + size] for start in range(0, len(rows), size)]
+    device = module.model.device
+    totals: dict[str, float] = {}
+    batches = []
+    optimizer.zero_grad(set_to_none=True)
+    for part in micro_rows:
+        batch = _batch(module, examples, features, part, step).to(device)
+        with precision(config.precision == "bf16", device):
+            output = module(batch)
+        losses = {"generation_loss": output.generation_loss_sum / num_labels}
+        loss = losses["generation_loss"]
+        if output.contrast is not None:
+            contrast, share = output.contrast, len(part) / len(rows)
+            loss = loss + module.hacl.weight * share * contrast.loss
+            losses["image_to_text_loss"] = share * contrast.image_to_text
+            losses["text_to_image_loss"] = share * contrast.text_to_image
+            losses["retrieval_accuracy"] = share * contrast.retrieval_accuracy
+            losses["hallucination_margin"] = share * contrast.hallucination_margin
+            losses["hallucination_accuracy"] = share * contrast.hallucination_accuracy
+        loss.backward()
+        losses["loss"] = loss
+        for key, value in losses.items():
+            totals[key] = totals.get(key, 0.0) + float(value.detach())
+        batches.append(batch)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(totals["loss"]) or not math.isfinite(totals["gradient_norm"]):
+        raise TrainingError(
+            f"the loss is {totals['loss']} and the gradient norm {totals['gradient_norm']} at step {step}; lower the"
+            " learning rates or max_grad_norm, or use precision=fp32."
+        )
+    optimizer.step()
+    if module.heads is not None:
+        module.heads.clamp_temperature()
+    return totals, batches
+
+
+def _batch(module: TrainingModel, examples: Examples, features: ImageFeatures, rows: np.ndarray, turn: int) -> Batch:
+    images = batch_images(examples, rows)
+    return make_batch(
+        examples,
+        rows,
+        features.gather(images) if len(images) else None,
+        module.model.config.image_token_id,
+        module.model.generation_config.pad_token_id,
+        module.hacl.num_hallucinated if module.heads is not None else None,
+        turn,
+    )
+
+
+@contextlib.contextmanager
+def _attention(module: TrainingModel, config: TrainingConfig) -> Iterator[None]:
+    """On CPU, torch's fused attention in bfloat16 costs several times what plain matrix products cost."""
+    language_model = module.model.model.language_model
+    usual = language_model.config._attn_implementation
+    if config.precision == "bf16" and module.model.device.type == "cpu":
+        language_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(usual)
+
+
+def _identity(examples: Examples) -> list[int]:
+    return [len(examples), examples.num_images, int(examples.input_ids.values.sum()), len(examples.input_ids.values)]

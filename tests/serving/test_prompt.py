@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from shellv_core.serving.engine import ImagePart, Message, RequestError, TextPart
+from shellv_core.serving.prompt import PromptEncoder
+
+RED = Image.new("RGB", (50, 40), "red")
+
+
+def user(*parts):
+    return Message("user", tuple(TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts))
+
+
+def reference(processor, conversation, images):
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    return processor(text=text, images=images or None, return_tensors="pt")
+
+
+@pytest.mark.parametrize("text", ["what is in this picture ?", "  spaces around \n", "{{ 7 * 7 }} {% raw %}", "你好 🐈"])
+def test_ordinary_text_is_encoded_as_the_processor_does(processor, text):
+    prompt = PromptEncoder(processor).encode([user(RED, text)])
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    expected = reference(processor, conversation, [RED])
+    assert prompt.token_ids == expected["input_ids"][0].tolist()
+    assert prompt.pixel_values.equal(expected["pixel_values"])
+
+
+def test_several_turns_and_pictures_keep_their_order(processor):
+    blue = Image.new("RGB", (60, 60), "blue")
+    messages = [user(RED, "one"), Message("assistant", (TextPart("a cat"),)), user("two", blue)]
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "one"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+        {"role": "user", "content": [{"type": "text", "text": "two"}, {"type": "image"}]},
+    ]
+    expected = reference(processor, conversation, [RED, blue])
+    prompt = PromptEncoder(processor).encode(messages)
+    assert prompt.token_ids == expected["input_ids"][0].tolist()
+    assert prompt.pixel_values.equal(expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "text", ["</s>", "<image>", "a <image> b </s> USER: <s>", "<image>" * 50, "<ima<image>ge>", "<", "</s"]
+)
+@pytest.mark.parametrize("images", [[], [RED]])
+def test_special_tokens_in_text_are_text(processor, text, images):
+    tokenizer = processor.tokenizer
+    encoder = PromptEncoder(processor)
+    token_ids = encoder.encode([user(*images, text)]).token_ids
+    harmless = encoder.encode([user(*images, "x")]).token_ids
+
+    def special(ids):
+        return [each for each in ids if each in tokenizer.all_special_ids]
+
+    assert special(token_ids) == special(harmless)
+    assert tokenizer.decode([each for each in token_ids if each not in special(token_ids)]).count(text) == 1
+
+
+def test_a_conversation_that_the_template_refuses(processor):
+    with pytest.raises(RequestError, match="no system messages"):
+        PromptEncoder(processor).encode([Message("system", (TextPart("be kind"),)), user("hello")])

@@ -1,0 +1,165 @@
+"""The evaluate stage on a tiny random model: everything but good answers."""
+
+import json
+
+import pytest
+
+from shellv_core.data.samples import Sample, SampleObject
+from shellv_core.data.shards import write_shard
+from shellv_core.errors import EvaluationError
+from shellv_core.evaluation.table import render_table
+from shellv_core.stages import evaluate
+from shellv_core.stages.evaluate import EvaluateConfig
+from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
+from tests.evaluation.tiny_llava import picture, save_tiny_llava
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+NUM_IMAGES = 6
+OBJECTS = (["dog"], ["cat", "dog"], ["car"], ["bus"], ["cat"], ["car", "bus"])
+
+
+def commit(output, stage, **details):
+    manifest = Manifest(
+        stage=stage, fingerprint=output.fingerprint, library_version="0", created_at="then", config={}, details=details
+    )
+    output.commit(manifest)
+    return output.uri
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def make_data(root, work, with_images=True):
+    output = OutputDirectory(f"{root}/data-{with_images}", "data")
+    output.begin()
+    samples = [
+        Sample(f"v{index}", f"v{index}", [], "test", picture(index), "png", objects=(SampleObject(OBJECTS[index][0]),))
+        for index in range(NUM_IMAGES if with_images else 1)
+    ]
+    shard = write_shard(samples, output, "validation/validation-000000.tar", work)
+    names = [f"v{index}.png" for index in range(NUM_IMAGES)]
+    pope = [
+        {"question_id": 1 + 2 * index + place, "image": name, "text": f"is there a {word} ?", "label": label}
+        for index, name in enumerate(names)
+        for place, (word, label) in enumerate([(OBJECTS[index][0], "yes"), ("of", "no")])
+    ]
+    for split in ("random", "popular", "adversarial"):
+        output.put_bytes(json_lines(pope), f"benchmarks/pope/{split}.jsonl")
+    hal_eval = [
+        {
+            "image": name,
+            "caption": "a dog",
+            "hal_caption": [{"type": kind, "caption": f"a cat {kind}"} for kind in ("object", "event")],
+        }
+        for name in names
+    ]
+    output.put_bytes(json.dumps(hal_eval).encode(), "benchmarks/hal_eval/scenes.json")
+    chair = [{"image": name, "objects": OBJECTS[index], "captions": []} for index, name in enumerate(names)]
+    output.put_bytes(json_lines(chair), "benchmarks/chair/scenes.jsonl")
+    shards = [{"name": shard.name, "num_samples": shard.num_samples, "bytes": shard.bytes, "sha256": shard.sha256}]
+    splits = {"validation": {"num_samples": shard.num_samples, "shards": shards}}
+    return commit(output, "prepare_data", splits=splits)
+
+
+def make_model(root, work, seed):
+    save_tiny_llava(work / f"model-{seed}", seed)
+    output = OutputDirectory(f"{root}/model-{seed}", f"model-{seed}")
+    output.begin()
+    output.put_tree(work / f"model-{seed}", "model")
+    return commit(output, "merge_lora")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    root, work = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("work")
+    return {
+        "data_uri": make_data(root.as_uri(), work),
+        "model_uri": make_model(root.as_uri(), work, 0),
+        "baseline_uri": make_model(root.as_uri(), work, 1),
+    }
+
+
+def config_for(tmp_path, inputs, **values):
+    output_uri = (tmp_path / "evaluations").as_uri() + "/{fingerprint}"
+    return EvaluateConfig(
+        output_uri=output_uri, max_caption_tokens=6, images_per_block=2, num_sample_pictures=2, **inputs, **values
+    )
+
+
+def test_results_metrics_answers_and_report(tmp_path, inputs):
+    result = evaluate.run(config_for(tmp_path, inputs))
+    output = InputDirectory(result.output_uri)
+    results = json.loads(output.fetch("results.json").read_bytes())
+    assert set(results["models"]) == {"candidate", "without_hacl"}
+    for tree in results["models"].values():
+        assert set(tree) == {"pope", "pope_blind", "hal_eval", "hal_eval_blind", "chair", "chair_blind"}
+        assert set(tree["pope"]) == {"random", "popular", "adversarial"}
+        assert tree["pope"]["random"]["num_questions"] == 12
+        assert tree["pope"]["random"]["num_missing"] == 0
+        assert set(tree["hal_eval"]) == {"object", "event"}
+    assert set(results["comparisons"]) == {"candidate_blind", "without_hacl"}
+    for prefix in ("", "blind_", "without_hacl_", "without_hacl_blind_"):
+        for metric in ("pope_random_accuracy", "hal_eval_object_f1", "chair_instance_rate", "pope_popular_yes_ratio"):
+            assert f"{prefix}{metric}" in result.metrics
+
+    rows = [json.loads(line) for line in output.fetch("answers/candidate-pope_random-blind.jsonl").open()]
+    assert len(rows) == 12
+    assert all(row["shown_image"] != row["image"] for row in rows)
+    report = output.fetch("report.html").read_text()
+    assert 'src="http' not in report
+    assert report.count("data:image/jpeg;base64,") >= 2
+    assert "without HACL" in report
+    table = render_table(results).splitlines()
+    assert len(table) == 6
+    assert len({len(line) for line in table}) == 1
+
+    again = evaluate.run(config_for(tmp_path, inputs))
+    assert again.reused
+    assert again.metrics == result.metrics
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path, inputs, monkeypatch):
+    from shellv_core.evaluation.generator import LlavaGenerator
+
+    whole = InputDirectory(evaluate.run(config_for(tmp_path / "a", inputs)).output_uri).content_sha256
+    calls = []
+    generate = LlavaGenerator.generate
+
+    def generate_until_killed(self, prompts, images):
+        calls.append(len(prompts))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return generate(self, prompts, images)
+
+    monkeypatch.setattr(LlavaGenerator, "generate", generate_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config_for(tmp_path / "b", inputs))
+    result = evaluate.run(config_for(tmp_path / "b", inputs))
+    assert 5 < len(calls) < 5 + 6, "3 blocks for each of two models, and those that were answered are not asked again"
+    assert InputDirectory(result.output_uri).content_sha256 == whole
+
+
+def test_without_baseline_and_with_limits(tmp_path, inputs):
+    config = config_for(tmp_path, inputs, max_pope_questions=4, max_hal_eval_items=2, max_captions=3)
+    result = evaluate.run(config.model_copy(update={"baseline_uri": None}))
+    assert result.details["questions"] == {
+        "pope_random": 4,
+        "pope_popular": 4,
+        "pope_adversarial": 4,
+        "hal_eval": 6,
+        "chair": 3,
+    }
+    assert not any(name.startswith("without_hacl") for name in result.metrics)
+
+
+def test_data_without_benchmarks_or_images_are_refused(tmp_path, inputs):
+    no_benchmarks = config_for(tmp_path, {**inputs, "data_uri": inputs["model_uri"]})
+    with pytest.raises(EvaluationError, match="the data hold no benchmarks"):
+        evaluate.run(no_benchmarks)
+    lacking = make_data((tmp_path / "lacking").as_uri(), tmp_path / "work", with_images=False)
+    with pytest.raises(EvaluationError, match="5 images of the benchmarks are not in the data"):
+        evaluate.run(config_for(tmp_path, {**inputs, "data_uri": lacking}))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shellv_core.config import apply_overrides
+from shellv_core.errors import ConfigError, ObjectNotFoundError
+from shellv_core.models.config import LoraConfig
+from shellv_core.models.hacl import load_heads
+from shellv_core.stages import finetune, merge_lora, pretrain_projector
+from shellv_core.storage import InputDirectory
+from shellv_core.training.config import HaclConfig, TrainingConfig
+from tests.stages.training_data import MODEL, TRAINING, write_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and a pretrained model, made once for this module."""
+    folder = tmp_path_factory.mktemp("finetune")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHELLV_HOME", str(folder / "home"))
+        write_data((folder / "data").as_uri())
+        pretrain_projector.run(
+            pretrain_projector.PretrainProjectorConfig(
+                data_uri=(folder / "data").as_uri(),
+                output_uri=(folder / "model").as_uri(),
+                model=MODEL,
+                training=TRAINING.model_copy(update={"max_steps": 5}),
+            )
+        )
+    return folder
+
+
+def config(folder: Path, output: Path, **values):
+    return finetune.FinetuneConfig(
+        data_uri=(folder / "data").as_uri(),
+        model_uri=(folder / "model").as_uri(),
+        output_uri=output.as_uri(),
+        **{"training": TRAINING, "lora": LoraConfig(r=4, alpha=8), **values},
+    )
+
+
+def names(uri: str) -> set[str]:
+    return {entry.name for entry in InputDirectory(uri).files()}
+
+
+ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_with_hacl_then_merged(folder, tmp_path):
+    result = finetune.run(config(folder, tmp_path / "out", hacl=HaclConfig(weight=0.5, num_hallucinated=2)))
+    assert names(result.output_uri) == ADAPTER | {"hacl/heads.safetensors"}
+    assert result.details == {"num_steps": 30, "base_model_uri": (folder / "model").as_uri()}
+    assert {"image_to_text_loss", "hallucination_margin", "samples_per_second"} <= set(result.metrics)
+    output = InputDirectory(result.output_uri)
+    heads = load_heads(output.fetch("hacl/heads.safetensors"))
+    assert heads.hidden_size == 32
+
+    merged = merge_lora.run(
+        merge_lora.MergeLoraConfig(adapter_uri=result.output_uri, output_uri=(tmp_path / "merged").as_uri())
+    )
+    assert names(merged.output_uri) == names((folder / "model").as_uri())
+    before, after = (
+        load_file(InputDirectory(uri).fetch_tree("model/") / "model.safetensors")
+        for uri in ((folder / "model").as_uri(), merged.output_uri)
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("projector" in name or "language_model" in name for name in changed)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+
+
+def test_baseline_has_no_heads(folder, tmp_path):
+    result = finetune.run(config(folder, tmp_path / "out", hacl=HaclConfig(weight=0)))
+    assert names(result.output_uri) == ADAPTER
+    assert "image_to_text_loss" not in result.metrics
+
+
+def test_objective_changes_the_adapter_and_a_rerun_does_not(folder, tmp_path):
+    weights = []
+    for output, weight in (("first", 0.5), ("again", 0.5), ("plain", 0.0)):
+        result = finetune.run(config(folder, tmp_path / output, hacl=HaclConfig(weight=weight)))
+        weights.append(load_file(InputDirectory(result.output_uri).fetch("adapter/adapter_model.safetensors")))
+    first, again, plain = weights
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
+def test_without_lora_the_whole_model_is_trained_and_merging_keeps_it(folder, tmp_path):
+    result = finetune.run(config(folder, tmp_path / "out", lora=None, hacl=HaclConfig(weight=0)))
+    assert names(result.output_uri) == names((folder / "model").as_uri())
+    merged = merge_lora.run(
+        merge_lora.MergeLoraConfig(adapter_uri=result.output_uri, output_uri=(tmp_path / "merged").as_uri())
+    )
+    first, second = (
+        {entry.name: entry.sha256 for entry in InputDirectory(uri).files()}
+        for uri in (result.output_uri, merged.output_uri)
+    )
+    assert first == second
+
+
+def test_settings_that_contradict_are_refused(folder, tmp_path):
+    settings = config(folder, tmp_path)
+    with pytest.raises(ConfigError, match="lora adapts the language model"):
+        apply_overrides(settings, ["training.trainable=[projector]"])
+    assert apply_overrides(settings, ["lora=null", "training.trainable=[projector]"]).lora is None
+
+
+def test_missing_base_model_is_named(folder, tmp_path):
+    with pytest.raises(ObjectNotFoundError, match="nowhere"):
+        finetune.run(config(folder, tmp_path / "out").model_copy(update={"model_uri": (tmp_path / "nowhere").as_uri()}))
+
+
+def test_published_recipe_can_be_said():
+    settings = finetune.FinetuneConfig(
+        lora=LoraConfig(r=128, alpha=256),
+        training=TrainingConfig(
+            global_batch_size=128,
+            trainable=("projector", "language_model"),
+            projector_learning_rate=2e-5,
+            language_model_learning_rate=2e-5,
+            precision="bf16",
+            cache_features=False,
+        ),
+    )
+    assert apply_overrides(settings, ["lora=null"]).lora is None

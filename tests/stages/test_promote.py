@@ -1,0 +1,178 @@
+"""The promote stage on real MLflow (SQLite), with evaluations made by hand."""
+
+import json
+
+import pytest
+
+from shellv_core.errors import PromotionError
+from shellv_core.stages import promote
+from shellv_core.stages.promote import PromoteConfig
+from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
+from shellv_core.storage.directories import InputReference
+from shellv_core.tracking.registry import CANDIDATE, CHAMPION, ModelRegistry
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+NUM_QUESTIONS = 200
+NAME = "shellv-test"
+
+
+@pytest.fixture
+def root(tmp_path):
+    return (tmp_path / "store").as_uri()
+
+
+def make_model(root, name):
+    output = OutputDirectory(f"{root}/models/{name}", f"fingerprint of {name}")
+    output.begin()
+    output.put_bytes(name.encode(), "model/weights")
+    output.commit(manifest(output, "merge_lora"))
+    return output.uri
+
+
+def make_evaluation(root, model_uri, num_right, data="data"):
+    """An evaluation of 200 questions of which the first `num_right` were answered rightly."""
+    output = OutputDirectory(
+        f"{model_uri.replace('/models/', '/evaluations/')}-{num_right}-{data}", f"e{num_right}{data}"
+    )
+    output.begin()
+    right = {str(index): (int(index < num_right), 1) for index in range(NUM_QUESTIONS)}
+    output.put_bytes(json.dumps({"candidate": {"pope_random_accuracy": right}}).encode(), "outcomes.json")
+    inputs = {
+        "model": InputDirectory(model_uri).reference(),
+        "data": InputReference(uri="file:///d", content_sha256=data),
+    }
+    metrics = {"pope_random_accuracy": num_right / NUM_QUESTIONS, "blind_pope_random_accuracy": 0.5}
+    output.commit(manifest(output, "evaluate", inputs=inputs, metrics=metrics))
+    return output.uri
+
+
+def manifest(output, stage, **values):
+    return Manifest(
+        stage=stage, fingerprint=output.fingerprint, library_version="0", created_at="then", config={}, **values
+    )
+
+
+@pytest.fixture
+def thresholds_uri(tmp_path):
+    path = tmp_path / "gate.yaml"
+    path.write_text(
+        "gain_over_blind: {pope_random_accuracy: 0.1}\nnot_worse_than_champion: {pope_random_accuracy: 0.05}\n"
+    )
+    return path.as_uri()
+
+
+def run(root, thresholds_uri, name, num_right, data="data"):
+    model_uri = make_model(root, name) if name not in _made else _made[name]
+    _made[name] = model_uri
+    evaluation_uri = make_evaluation(root, model_uri, num_right, data)
+    return rerun(root, thresholds_uri, model_uri, evaluation_uri)
+
+
+def rerun(root, thresholds_uri, model_uri, evaluation_uri):
+    return promote.run(
+        PromoteConfig(
+            output_uri=f"{root}/promotions/{{fingerprint}}",
+            model_uri=model_uri,
+            evaluation_uri=evaluation_uri,
+            registered_model=NAME,
+            thresholds_uri=thresholds_uri,
+        )
+    )
+
+
+_made: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def _forget_models():
+    _made.clear()
+
+
+def aliases():
+    registry = ModelRegistry(NAME)
+    found = {alias: registry.find(alias) for alias in (CANDIDATE, CHAMPION)}
+    return {alias: version.version for alias, version in found.items() if version}
+
+
+def test_first_model_that_passes_becomes_champion(root, thresholds_uri):
+    result = run(root, thresholds_uri, "one", 140)
+    assert result.metrics == {"promoted": 1, "version": 1}
+    assert result.details["decision"] == "promoted"
+    assert aliases() == {CANDIDATE: "1", CHAMPION: "1"}
+    verdict = json.loads(InputDirectory(result.output_uri).fetch("verdict.json").read_bytes())
+    assert verdict == result.details
+    champion = ModelRegistry(NAME).find(CHAMPION)
+    assert champion.model_uri == _made["one"]
+    assert champion.tags["shellv.decision"] == "promoted"
+    assert "gain +0.2000" in champion.tags["shellv.reasons"]
+
+
+def test_running_again_changes_nothing(root, thresholds_uri):
+    first = run(root, thresholds_uri, "one", 140)
+    model_uri = _made["one"]
+    evaluation_uri = ModelRegistry(NAME).find(CHAMPION).tags["shellv.evaluation_uri"]
+    again = rerun(root, thresholds_uri, model_uri, evaluation_uri)
+    assert again.details["decision"] == "unchanged"
+    assert (again.details["version"], again.output_uri) == ("1", first.output_uri)
+    assert aliases() == {CANDIDATE: "1", CHAMPION: "1"}
+
+
+def test_blind_model_is_rejected_and_nobody_is_champion(root, thresholds_uri):
+    result = run(root, thresholds_uri, "blind", 101)
+    assert (result.metrics["promoted"], result.details["decision"]) == (0, "rejected")
+    assert "pope_random_accuracy is 0.5050, 0.5000 with shuffled pictures" in result.details["reasons"][0]
+    assert result.details["champion_version"] is None
+    assert aliases() == {CANDIDATE: "1"}
+
+
+def test_worse_model_leaves_the_champion(root, thresholds_uri):
+    run(root, thresholds_uri, "one", 160)
+    result = run(root, thresholds_uri, "worse", 140)
+    assert result.details["decision"] == "rejected"
+    assert "on the same questions" in result.details["reasons"][0]
+    assert (result.details["version"], result.details["champion_version"]) == ("2", "1")
+    assert aliases() == {CANDIDATE: "2", CHAMPION: "1"}
+
+
+def test_better_model_takes_over(root, thresholds_uri):
+    run(root, thresholds_uri, "one", 140)
+    result = run(root, thresholds_uri, "better", 150)
+    assert (result.details["champion_version"], result.details["previous_champion_version"]) == ("2", "1")
+    assert aliases() == {CANDIDATE: "2", CHAMPION: "2"}
+
+
+def test_other_questions_are_compared_by_value(root, thresholds_uri):
+    run(root, thresholds_uri, "one", 140)
+    result = run(root, thresholds_uri, "two", 135, data="other data")
+    assert result.details["decision"] == "promoted"
+    assert any("on other questions" in reason for reason in result.details["reasons"])
+
+
+def test_evaluation_of_another_model_is_refused(root, thresholds_uri):
+    evaluation_uri = make_evaluation(root, make_model(root, "one"), 140)
+    with pytest.raises(PromotionError, match="is not an evaluation of the model at"):
+        rerun(root, thresholds_uri, make_model(root, "two"), evaluation_uri)
+    assert aliases() == {}
+
+
+def test_unknown_metric_leaves_the_registry_as_it_was(root, tmp_path):
+    (tmp_path / "bad.yaml").write_text("minimum: {pope_random_acuracy: 0.5}")
+    with pytest.raises(PromotionError, match="did you mean 'pope_random_accuracy'"):
+        run(root, (tmp_path / "bad.yaml").as_uri(), "one", 140)
+    assert aliases() == {}
+
+
+def test_champion_whose_evaluation_is_gone(root, thresholds_uri, tmp_path):
+    import shutil
+
+    run(root, thresholds_uri, "one", 140)
+    shutil.rmtree(tmp_path / "store" / "evaluations")
+    with pytest.raises(PromotionError, match=r"version 1 of 'shellv-test'.*no readable evaluation"):
+        run(root, thresholds_uri, "two", 150)
+
+
+def test_shipped_thresholds():
+    assert "pope_random_accuracy" in promote._read_thresholds("default").gain_over_blind
+    assert promote._read_thresholds("smoke").maximum == {"pope_random_unparsed_share": 1.0}
+    with pytest.raises(PromotionError, match=r"thresholds_uri='smok' is neither.*did you mean 'smoke'"):
+        promote._read_thresholds("smok")

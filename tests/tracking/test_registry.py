@@ -1,0 +1,41 @@
+import pytest
+
+from shellv_core.errors import TrackingError
+from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry
+
+
+@pytest.fixture
+def registry(tracking_store):
+    return ModelRegistry("shellv-test")
+
+
+def test_versions_by_reference_and_aliases(registry):
+    assert registry.find(CHAMPION) is None, "there is not even a model"
+    first = registry.register("s3://b/one", "f1", "c1", {EVALUATION_TAG: "s3://b/e1"})
+    second = registry.register("s3://b/two", "f2", "c2", {})
+    assert (first.version, first.model_uri, first.tags[EVALUATION_TAG]) == ("1", "s3://b/one", "s3://b/e1")
+    assert registry.find(CHAMPION) is None
+    registry.set_alias(CHAMPION, first.version)
+    registry.set_alias(CANDIDATE, second.version)
+    assert registry.find(CHAMPION) == first
+    assert registry.find(CANDIDATE) == second
+
+
+def test_the_same_model_keeps_its_version(registry):
+    first = registry.register("s3://b/one", "f1", "c1", {"note": "a"})
+    again = registry.register("s3://b/one", "f1", "c1", {"note": "b"})
+    assert (again.version, again.tags["note"]) == (first.version, "b")
+    assert registry.register("s3://b/one", "f1", "other content", {}).version == "2"
+    assert registry.register("s3://elsewhere/one", "f1", "c1", {}).version == "3"
+
+
+def test_refusals_are_mapped(registry):
+    with pytest.raises(TrackingError, match="refused an action on the model 'shellv-test'"):
+        registry.set_alias(CHAMPION, "9")
+
+
+def test_unreachable_server_is_told(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match="does not answer"):
+        ModelRegistry("shellv-test")

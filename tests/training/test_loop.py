@@ -1,0 +1,329 @@
+"""The loop: what it learns, what it counts, and that a killed run ends like one that was not."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shellv_core.errors import TrainingError
+from shellv_core.models.config import LoraConfig
+from shellv_core.models.hacl import HaclHeads
+from shellv_core.models.lora import add_lora
+from shellv_core.training.batches import batch_images, make_batch
+from shellv_core.training.checkpoint import FILE_NAME
+from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.examples import image_bytes, tokenize_samples
+from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
+from shellv_core.training.fit import TrainingData, fit
+from shellv_core.training.loop import build_optimizer, learning_rate_factor, set_trainable, total_steps, train
+from shellv_core.training.model import TrainingModel
+from tests.training.tiny import tiny_model, tiny_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = ("projector", "language_model")
+
+
+def config(**values):
+    defaults = {
+        "global_batch_size": 6,
+        "max_steps": 6,
+        "trainable": BOTH,
+        "projector_learning_rate": 1e-2,
+        "language_model_learning_rate": 1e-2,
+        "log_every_steps": 2,
+        "checkpoint_every_steps": 2,
+        "max_length": 256,
+    }
+    return TrainingConfig(**{**defaults, **values})
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model, processor = tiny_model()
+    examples = tokenize_samples(tiny_samples(), processor.tokenizer, processor.image_token_id, 4, 256)
+    pictures = list(pixel_batches(image_bytes(tiny_samples()), processor))
+    features = torch.cat([tower_features(model, batch) for batch in pictures])
+    return model, processor, examples, CachedFeatures(features), torch.cat(pictures)
+
+
+def module_of(parts, settings, hacl=None):
+    model = copy.deepcopy(parts[0])
+    torch.manual_seed(0)
+    heads = HaclHeads(model.config.text_config.hidden_size) if hacl else None
+    module = TrainingModel(model, heads, hacl)
+    set_trainable(module, settings)
+    return module
+
+
+def run(parts, settings, directory, hacl=None, seed=0):
+    module = module_of(parts, settings, hacl)
+    logged = {}
+    summary = train(
+        module, parts[2], parts[3], settings, seed, directory, lambda metrics, step: logged.update({step: metrics})
+    )
+    return module, summary, logged
+
+
+def test_loss_equals_llavas_own(parts):
+    """The batch form (no mask, head at labels only, cached features) against the stock model with labels."""
+    model, _, examples, features, pictures = parts
+    rows = np.array([0, 3, 5])
+    images = batch_images(examples, rows)
+    batch = make_batch(examples, rows, features.gather(images), model.config.image_token_id, 0)
+    with torch.no_grad():
+        mine = TrainingModel(model)(batch).generation_loss_sum / len(batch.label_ids)
+        losses, counts = [], []
+        for row in rows:
+            ids = torch.from_numpy(examples.input_ids.padded(np.array([row]), 0))
+            labels = torch.from_numpy(examples.labels.padded(np.array([row]), -100))
+            picture = pictures[examples.image_index[row]][None]
+            losses.append(model(input_ids=ids, labels=labels, pixel_values=picture).loss)
+            counts.append((labels[:, 1:] != -100).sum())
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_contrastive_states_are_those_of_separate_unpadded_passes(parts):
+    model, _, examples, features, _ = parts
+    rows = np.array([0, 2, 4])
+    module = module_of(parts, config(), HaclConfig(weight=1.0, num_hallucinated=2))
+    batch = make_batch(examples, rows, features.gather(batch_images(examples, rows)), model.config.image_token_id, 0, 2)
+    seen = {}
+    for name in ("embed_images", "embed_texts"):
+        original = getattr(module.heads, name)
+        setattr(module.heads, name, lambda x, name=name, original=original: seen.setdefault(name, original(x)))
+    with torch.no_grad():
+        module(batch)
+        embed = module.model.get_input_embeddings()
+        eos = embed(torch.tensor([[module.eos_token_id]]))
+        decoder = module.model.model.language_model
+        for index, image in enumerate((0, 1, 2)):
+            projected = module.model.model.multi_modal_projector(features.gather(np.array([image])))
+            state = decoder(inputs_embeds=torch.cat([projected, eos], 1)).last_hidden_state[:, -1]
+            torch.testing.assert_close(
+                type(module.heads).embed_images(module.heads, state)[0], seen["embed_images"][index]
+            )
+            caption = torch.from_numpy(examples.captions.padded(np.array([image]), 0))
+            state = decoder(inputs_embeds=embed(caption)).last_hidden_state[:, -1]
+            torch.testing.assert_close(
+                type(module.heads).embed_texts(module.heads, state)[0], seen["embed_texts"][index]
+            )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_learns_and_reports(parts, tmp_path, precision):
+    settings = config(max_steps=40, precision=precision, log_every_steps=10)
+    module, summary, logged = run(parts, settings, tmp_path, HaclConfig(weight=0.5))
+    assert list(logged) == [10, 20, 30, 40]
+    assert logged[40]["generation_loss"] < 0.5 * logged[10]["generation_loss"]
+    assert logged[40]["image_to_text_loss"] < logged[10]["image_to_text_loss"]
+    assert set(logged[40]) == {
+        "generation_loss",
+        "image_to_text_loss",
+        "text_to_image_loss",
+        "retrieval_accuracy",
+        "hallucination_margin",
+        "hallucination_accuracy",
+        "loss",
+        "gradient_norm",
+        "samples_per_second",
+        "tokens_per_second",
+        "padding_share",
+    }
+    assert summary.num_steps == 40
+    assert set(summary.metrics) == set(logged[40])
+    assert 0.001 <= float(module.heads.temperature.detach()) <= 0.5
+    assert not module.training
+    assert module.model.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("trainable", "expected"),
+    [
+        (("projector",), {"multi_modal_projector"}),
+        (("language_model",), {"language_model", "lm_head"}),
+        (BOTH, {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
+def test_only_what_is_named_changes(parts, tmp_path, trainable, expected):
+    module, _, _ = run(parts, config(trainable=trainable, max_steps=2), tmp_path)
+    before = parts[0].state_dict()
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] if name.startswith("model.") else name.split(".")[0] for name in changed} == expected
+
+
+def test_accumulation_gives_the_same_step(parts, tmp_path):
+    whole, _, _ = run(parts, config(max_steps=3), tmp_path / "whole")
+    pieces, _, _ = run(parts, config(max_steps=3, micro_batch_size=2), tmp_path / "pieces")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[name], value, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_same_seed_same_weights_other_seed_others(parts, tmp_path):
+    runs = [run(parts, config(), tmp_path / str(index), seed=seed)[0] for index, seed in enumerate((3, 3, 4))]
+    first, again, other = (module.state_dict() for module in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_interrupted_run_ends_like_an_uninterrupted_one(parts, tmp_path, stop):
+    """Across an epoch's end (17 conversations, 6 a step), with adapters, dropout and the contrastive objective."""
+    settings = config(max_steps=5, checkpoint_every_steps=1)
+    hacl = HaclConfig(weight=0.5)
+
+    def fresh():
+        module = module_of(parts, settings, hacl)
+        add_lora(module.model, LoraConfig(r=2, dropout=0.2))
+        return module
+
+    class Killed(Exception):
+        pass
+
+    def killer(metrics, step):
+        if step > stop:
+            raise Killed
+
+    def go(module, directory, log=lambda metrics, step: None, settings=settings):
+        train(module, parts[2], parts[3], settings, 0, directory, log)
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    settings = settings.model_copy(update={"log_every_steps": 1})
+    expected = go(fresh(), tmp_path / "whole", settings=settings)
+    with pytest.raises(Killed):
+        go(fresh(), tmp_path / "cut", killer, settings)
+    resumed = go(fresh(), tmp_path / "cut", settings=settings)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+KILLED_PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from shellv_core.models.compose import save_model
+from shellv_core.models.hacl import HaclHeads
+from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.fit import TrainingData, fit
+from shellv_core.training.loop import set_trainable
+from shellv_core.training.model import TrainingModel
+from tests.training.tiny import tiny_model, tiny_samples
+work = Path(sys.argv[1])
+model, processor = tiny_model()
+torch.manual_seed(0)
+hacl = HaclConfig(weight=0.5)
+module = TrainingModel(model, HaclHeads(32), hacl)
+config = TrainingConfig(global_batch_size=4, max_steps=60, trainable=("projector", "language_model"),
+                        checkpoint_every_steps=5, max_length=256, language_model_learning_rate=1e-2)
+set_trainable(module, config)
+data = TrainingData(tiny_samples, 9, "tiny")
+fit(module, processor, data, config, 0, work, lambda metrics, step: None, "test")
+save_model(model, processor, work / "model")
+"""
+
+
+def test_killed_process_ends_with_the_same_bits(tmp_path, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SHELLV_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+    def start(work):
+        return subprocess.Popen([sys.executable, "-c", KILLED_PROGRAM, str(work)], cwd=ROOT, env=environment)
+
+    assert start(tmp_path / "whole").wait(timeout=120) == 0
+    process = start(tmp_path / "cut")
+    checkpoint = tmp_path / "cut" / "checkpoint" / FILE_NAME
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "model").exists()
+    assert start(tmp_path / "cut").wait(timeout=120) == 0
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_checkpoint_of_another_run_is_refused(parts, tmp_path):
+    run(parts, config(max_steps=2), tmp_path)
+    with pytest.raises(TrainingError, match="other data or settings"):
+        run(parts, config(max_steps=3), tmp_path)
+    (tmp_path / FILE_NAME).write_bytes(b"junk")
+    with pytest.raises(TrainingError, match="is damaged"):
+        run(parts, config(max_steps=2), tmp_path)
+
+
+def test_finished_run_does_no_step_again(parts, tmp_path):
+    first, _, _ = run(parts, config(), tmp_path)
+    again, summary, logged = run(parts, config(), tmp_path)
+    assert logged == {}
+    assert summary.num_steps == 6
+    assert all(torch.equal(first.state_dict()[name], value) for name, value in again.state_dict().items())
+
+
+def test_loss_that_is_not_finite_names_the_step(parts, tmp_path):
+    module = module_of(parts, config())
+    with torch.no_grad():
+        module.model.model.multi_modal_projector.linear_1.weight[0, 0] = float("nan")
+    before = module.model.lm_head.weight.clone()
+    with pytest.raises(TrainingError, match="at step 1; lower the learning rates"):
+        train(module, parts[2], parts[3], config(), 0, tmp_path, lambda metrics, step: None)
+    assert torch.equal(module.model.lm_head.weight, before)
+
+
+def test_nothing_trainable(parts, tmp_path):
+    module = module_of(parts, config()).requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing is trainable"):
+        train(module, parts[2], parts[3], config(), 0, tmp_path, lambda metrics, step: None)
+
+
+def test_learning_rates_go_to_their_parts(parts):
+    settings = config(projector_learning_rate=0.3, language_model_learning_rate=0.2, weight_decay=0.1)
+    module = module_of(parts, settings, HaclConfig(weight=1.0, learning_rate=0.1))
+    optimizer = build_optimizer(module, settings)
+    found = {
+        (group["base_lr"], group["weight_decay"]): {id(parameter) for parameter in group["params"]}
+        for group in optimizer.param_groups
+    }
+    assert id(module.model.model.multi_modal_projector.linear_1.weight) in found[0.3, 0.1]
+    assert id(module.model.lm_head.weight) in found[0.2, 0.1]
+    assert id(module.model.model.language_model.norm.weight) in found[0.2, 0.0]
+    assert id(module.heads.temperature) in found[0.1, 0.0]
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 100, 0.03) for step in range(1, 101)]
+    assert factors[:4] == [1 / 3, 2 / 3, 1, 1]
+    assert factors == sorted(factors[:3]) + sorted(factors[3:], reverse=True)
+    assert 0 < factors[-1] < 1e-3
+    assert total_steps(17, config(max_steps=None, epochs=2)) == 6
+    assert total_steps(17, config(max_steps=None, epochs=0.5)) == 2
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_fit_runs_from_samples(tmp_path, project_folder, cache_features):
+    model, processor = tiny_model()
+    module = TrainingModel(model)
+    settings = config(max_steps=2, cache_features=cache_features)
+    set_trainable(module, settings)
+    data = TrainingData(tiny_samples, 9, "tiny")
+    summary = fit(module, processor, data, settings, 0, tmp_path, lambda metrics, step: None, "test")
+    assert summary.metrics["loss"] > 0
+    assert (project_folder / "cache" / "features").exists() == cache_features
+
+
+def test_fit_on_text_alone(tmp_path):
+    model, processor = tiny_model()
+    module = TrainingModel(model, HaclHeads(32), HaclConfig(weight=1.0))
+    settings = config(max_steps=2)
+    set_trainable(module, settings)
+    data = TrainingData(lambda: tiny_samples(0), 1, "text")
+    summary = fit(module, processor, data, settings, 0, tmp_path, lambda metrics, step: None, "test")
+    assert "image_to_text_loss" not in summary.metrics
