@@ -74,9 +74,9 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 def _add_stage_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     from shellv_core.stages.presets import PRESETS
 
-    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"start from: {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings that differ from the preset's")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings, dotted: training.max_steps=9")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: training.max_steps=9")
     module = importlib.import_module(f"shellv_core.stages.{stage}")
     config_class = getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
     parser.description = STAGE_HELP[stage]

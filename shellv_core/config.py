@@ -127,7 +127,8 @@ def _set(config_class: type[BaseModel], values: dict[str, Any], key: str, value:
     for depth, name in enumerate([*parents, last]):
         if level_class is not None and name not in level_class.model_fields:
             where = ".".join(key.split(".")[:depth]) or config_class.__name__
-            raise ConfigError(f"unknown key {key!r}: {where} has no {name!r}; {nearest(name, level_class.model_fields)}")
+            hint = nearest(name, level_class.model_fields)
+            raise ConfigError(f"unknown key {key!r}: {where} has no {name!r}; {hint}")
         if depth == len(parents):
             level[name] = value
             return

@@ -67,7 +67,7 @@ def test_a_stage_runs_alone_and_prints_its_result(tmp_path: Path) -> None:
 
 def test_s3_without_any_setting_means_the_embedded_server(tmp_path: Path) -> None:
     uri = "s3://shellv/alone/{fingerprint}"
-    bare = {name: "" for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3")}
+    bare = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"), "")
     done = shellv("prepare_data", *SMALL_DATA, f"output_uri={uri}", **bare)
     assert done.returncode == 0, done.stderr
     again = shellv("prepare_data", *SMALL_DATA, f"output_uri={uri}", **bare)

@@ -54,7 +54,7 @@ def test_yaml_states_only_differences(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("inner: {learning_rate: 0.5}\n")
     assert merge_values(Outer(), read_yaml(path)) == Outer(inner=Inner(learning_rate=0.5))
-    with pytest.raises(ConfigError, match="unknown key 'innner'.*'inner'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'innner'.*'inner'"):
         merge_values(Outer(), {"innner": {}})
     with pytest.raises(ConfigError, match="cannot read"):
         read_yaml(tmp_path / "none.yaml")

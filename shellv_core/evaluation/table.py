@@ -29,21 +29,20 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def render_table(results: Mapping[str, Any]) -> str:
-    """Results of the evaluate stage as a Markdown table: percentages, the 95 % half-width behind the accuracies.
+    """Results of the evaluate stage as a Markdown table, a line per figure and a column per run.
 
-    POPE and Hal-Eval cells are accuracies (chance 50, higher is better), CHAIR's instance and sentence rates are
-    shares of hallucinated mentions and captions (lower is better), recall the share of present objects named.
+    POPE and Hal-Eval lines are accuracies in percent with their 95 % half-width (chance 50, higher is better), CHAIR's
+    instance and sentence rates the shares of hallucinated mentions and captions (lower is better), recall the share of
+    present objects named.
     """
-    rows = score_rows(results)
-    present = rows["candidate"]
-    header = ["model"]
-    header += [f"POPE {split}" for split in SPLITS if split in present.get("pope", {})]
-    header += ["yes"] if "pope" in present else []
-    header += [f"Hal-Eval {kind}" for kind in TYPES if kind in present.get("hal_eval", {})]
-    header += ["CHAIR i", "CHAIR s", "recall"] if "chair" in present else []
-    header += ["unparsed"]
-    body = [[ROW_LABELS.get(name, name), *_cells(scores)] for name, scores in rows.items()]
-    return "\n".join(_markdown([header, *body])) + "\n"
+    columns = score_rows(results)
+    cells = {name: _cells(scores) for name, scores in columns.items()}
+    figures = list(cells["candidate"])
+    header = ["%", *(ROW_LABELS.get(name, name).strip() for name in columns)]
+    return (
+        "\n".join(_markdown([header, *([figure, *(cells[name][figure] for name in columns)] for figure in figures)]))
+        + "\n"
+    )
 
 
 def unparsed_share(scores: Mapping[str, Any]) -> float:
@@ -59,13 +58,20 @@ def mean_yes_ratio(scores: Mapping[str, Any]) -> float:
     return sum(block["yes_ratio"] for block in blocks) / len(blocks) if blocks else 0.0
 
 
-def _cells(scores: Mapping[str, Any]) -> list[str]:
-    cells = [_accuracy(scores["pope"][split]) for split in SPLITS if split in scores.get("pope", {})]
-    cells += [_percent(mean_yes_ratio(scores))] if "pope" in scores else []
-    cells += [_accuracy(scores["hal_eval"][kind]) for kind in TYPES if kind in scores.get("hal_eval", {})]
+def _cells(scores: Mapping[str, Any]) -> dict[str, str]:
+    cells: dict[str, str] = {}
+    if "pope" in scores:
+        cells |= {f"POPE {split}": _accuracy(scores["pope"][split]) for split in SPLITS if split in scores["pope"]}
+        cells["POPE answered yes"] = _percent(mean_yes_ratio(scores))
+    if "hal_eval" in scores:
+        cells |= {
+            f"Hal-Eval {kind}": _accuracy(scores["hal_eval"][kind]) for kind in TYPES if kind in scores["hal_eval"]
+        }
     if "chair" in scores:
-        cells += [_percent(scores["chair"][key]) for key in ("instance_rate", "sentence_rate", "recall")]
-    return [*cells, _percent(unparsed_share(scores))]
+        names = {"CHAIR instances": "instance_rate", "CHAIR sentences": "sentence_rate", "CHAIR recall": "recall"}
+        cells |= {name: _percent(scores["chair"][key]) for name, key in names.items()}
+    cells["unparsed"] = _percent(unparsed_share(scores))
+    return cells
 
 
 def _accuracy(block: Mapping[str, Any]) -> str:

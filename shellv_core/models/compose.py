@@ -39,6 +39,7 @@ from shellv_core.errors import ModelError
 from shellv_core.models import efficientnet_lite
 from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
 from shellv_core.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from shellv_core.models.initialization import initialize_for_matching
 from shellv_core.models.tokenizer import IMAGE_TOKEN, chat_template, train_tokenizer
 
 if TYPE_CHECKING:
@@ -227,11 +228,14 @@ def _build_language_model(config: LanguageModelConfig, tokenizer: PreTrainedToke
     }
     text_config = _new_config(CONFIG_MAPPING[config.model_type], options, "language_model.options")
     try:
-        return AutoModelForCausalLM.from_config(text_config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config)
     except ValueError as error:
         raise ModelError(
             f"language_model.model_type={config.model_type!r} is no causal language model: {error}"
         ) from error
+    if config.matching is not None:
+        initialize_for_matching(model, config.matching)
+    return model
 
 
 def _load_language_model(name: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -48,11 +48,14 @@ class LanguageModelConfig(Config):
     #: Fields of the model's transformers config (hidden_size, num_hidden_layers, ...), by their names there.
     options: dict[str, Any] = Field(default_factory=dict)
     tie_word_embeddings: bool = False
+    #: For a new model: unit word embeddings, and first-layer queries and keys that start as this times the identity;
+    #: see `models.initialization`. None leaves transformers' starting weights.
+    matching: float | None = Field(default=None, gt=0.0)
 
     @model_validator(mode="after")
     def _check(self) -> LanguageModelConfig:
-        if self.pretrained and self.options:
-            raise ValueError("options describe a new model; with pretrained weights they come from its config.json")
+        if self.pretrained and (self.options or self.matching is not None):
+            raise ValueError("options and matching describe a new model; pretrained weights come with their own")
         return self
 
 

@@ -88,9 +88,10 @@ def background_server(config: ServeConfig) -> Iterator[str]:
     Raises:
         as `serve`.
     """
-    with contextlib.closing(bind(config.host, config.port)) as listener, running_in_thread(
-        _server(config, listener), listener
-    ) as url:
+    with (
+        contextlib.closing(bind(config.host, config.port)) as listener,
+        running_in_thread(_server(config, listener), listener) as url,
+    ):
         yield url
 
 
@@ -115,10 +116,10 @@ def running_in_thread(server: Server, listener: socket.socket) -> Iterator[str]:
 
 
 def _server(config: ServeConfig, listener: socket.socket) -> Server:
-    from shellv_core.models.compose import load_model
-
     files = fetch_model(config.model)
     import torch
+
+    from shellv_core.models.compose import load_model
 
     model: Any
     model, processor = load_model(files.path, getattr(torch, config.dtype))

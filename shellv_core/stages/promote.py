@@ -11,10 +11,11 @@ from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_st
 
 if TYPE_CHECKING:
     from shellv_core.storage import Manifest
-    from shellv_core.tracking.gate import Interval, Thresholds, Verdict
+    from shellv_core.tracking.gate import Interval, Thresholds
     from shellv_core.tracking.registry import ModelRegistry, RegisteredVersion
 
 OUTCOMES_NAME = "outcomes.json"
+MAX_TAG_LENGTH = 4900  # MLflow keeps 5000 characters
 
 
 class PromoteConfig(StageConfig):
@@ -31,7 +32,8 @@ def run(config: PromoteConfig) -> StageResult:
 
     A rejected candidate is a result, not a fault: the stage succeeds with ``promoted`` 0 and the reasons in the
     verdict, the alias `champion` stays where it is, and deploy serves that. An earlier verdict about the same model and
-    evaluation stands as long as the registry's aliases are as it left them.
+    evaluation stands as long as the thresholds are the same and the registry's aliases are as it left them; a run that
+    was cut off comes to the verdict that it would have come to.
 
     Output: ``verdict.json``. Metrics: ``promoted`` and ``version``. Details: the verdict, with version and aliases.
 
@@ -40,12 +42,18 @@ def run(config: PromoteConfig) -> StageResult:
         TrackingError: if MLflow does not answer or refuses.
     """
     inputs = {"evaluation": config.evaluation_uri, "model": config.model_uri}
-    return run_stage("promote", config, _body, inputs=inputs, code=("tracking",), reuse=lambda done: _stands(config, done))
+
+    def stands(committed: Manifest) -> bool:
+        return _stands(config, committed)
+
+    return run_stage("promote", config, _body, inputs=inputs, code=("tracking",), reuse=stands)
 
 
 def _stands(config: PromoteConfig, committed: Manifest) -> bool:
     from shellv_core.tracking.registry import CANDIDATE, CHAMPION, ModelRegistry
 
+    if _read_thresholds(config.thresholds_uri).model_dump() != committed.details["thresholds"]:
+        return False
     registry = ModelRegistry(config.registered_model)
     now = [found.version if found else None for found in map(registry.find, (CANDIDATE, CHAMPION))]
     return now == [committed.details["version"], committed.details["champion_version"]]
@@ -56,7 +64,14 @@ def _body(run: StageRun[PromoteConfig]) -> None:
 
     from shellv_core.errors import PromotionError
     from shellv_core.tracking.gate import decide
-    from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry
+    from shellv_core.tracking.registry import (
+        CANDIDATE,
+        CHAMPION,
+        EVALUATION_TAG,
+        PREVIOUS_TAG,
+        SHA256_TAG,
+        ModelRegistry,
+    )
 
     evaluation, model = run.inputs["evaluation"], run.inputs["model"]
     judged = evaluation.manifest.inputs.get("model")
@@ -69,8 +84,13 @@ def _body(run: StageRun[PromoteConfig]) -> None:
     registry = ModelRegistry(run.config.registered_model)
     # Decide before registering: thresholds that do not fit leave the registry as it was.
     champion = registry.find(CHAMPION)
-    is_champion = champion is not None and _is_same(champion, run)
-    others, paired = (None, {}) if champion is None or is_champion else _compare(run, champion, thresholds)
+    is_champion = champion is not None and champion.tags.get(SHA256_TAG) == model.content_sha256
+    rival = champion
+    if champion is not None and is_champion:
+        # Not with itself: with the one that it took over from.
+        previous = champion.tags.get(PREVIOUS_TAG)
+        rival = registry.get(previous) if previous else None
+    others, paired = (None, {}) if rival is None else _compare(run, rival, thresholds)
     verdict = decide(evaluation.manifest.metrics, others, thresholds, paired)
 
     registered = registry.register(
@@ -82,8 +102,22 @@ def _body(run: StageRun[PromoteConfig]) -> None:
     )
     registry.set_alias(CANDIDATE, registered.version)
     if verdict.promoted and not is_champion:
+        registry.set_tags(registered.version, {PREVIOUS_TAG: rival.version if rival else ""})
         registry.set_alias(CHAMPION, registered.version)
-    _record(run, registry, registered, champion, verdict, is_champion)
+    now_champion = registry.find(CHAMPION)
+    run.details.update(
+        registered_model=registered.name,
+        version=registered.version,
+        model_uri=registered.model_uri,
+        decision="promoted" if verdict.promoted else "rejected",
+        promoted=verdict.promoted,
+        reasons=verdict.reasons,
+        thresholds=thresholds.model_dump(),
+        champion_version=now_champion.version if now_champion else None,
+        compared_with_version=rival.version if rival else None,
+    )
+    run.metrics.update(promoted=float(verdict.promoted), version=float(registered.version))
+    _record(run, registry)
     run.output.put_bytes((json.dumps(run.details, indent=1) + "\n").encode(), "verdict.json")
 
 
@@ -108,12 +142,6 @@ def _read_thresholds(uri: str) -> Thresholds:
             f" the library; {nearest(uri, shipped)}"
         )
     return read_thresholds(shipped[uri].read_text(encoding="utf-8"), uri)
-
-
-def _is_same(champion: RegisteredVersion, run: StageRun[PromoteConfig]) -> bool:
-    from shellv_core.tracking.registry import SHA256_TAG
-
-    return champion.tags.get(SHA256_TAG) == run.inputs["model"].content_sha256
 
 
 def _compare(
@@ -148,34 +176,15 @@ def _compare(
     return previous.manifest.metrics, intervals
 
 
-def _record(
-    run: StageRun[PromoteConfig],
-    registry: ModelRegistry,
-    registered: RegisteredVersion,
-    champion: RegisteredVersion | None,
-    verdict: Verdict,
-    is_champion: bool,
-) -> None:
+def _record(run: StageRun[PromoteConfig], registry: ModelRegistry) -> None:
+    """Put the verdict where people look: the version's tags, the run's tags and the log."""
     from shellv_core.logs import get_logger
 
-    reasons = verdict.reasons
-    decision = "unchanged" if is_champion else ("promoted" if verdict.promoted else "rejected")
-    now = registered.version if verdict.promoted or is_champion else (champion.version if champion else None)
-    run.details.update(
-        registered_model=registered.name,
-        version=registered.version,
-        model_uri=registered.model_uri,
-        decision=decision,
-        promoted=verdict.promoted,
-        reasons=reasons,
-        champion_version=now,
-        previous_champion_version=champion.version if champion else None,
-    )
-    run.metrics.update(promoted=float(verdict.promoted), version=float(registered.version))
-    tags = {"shellv.decision": decision, "shellv.reasons": "\n".join(reasons)[:4900]}
-    registry.set_tags(registered.version, tags)
-    run.tracked.set_tags({**tags, "shellv.version": registered.version})
+    details = run.details
+    tags = {"shellv.decision": details["decision"], "shellv.reasons": "\n".join(details["reasons"])[:MAX_TAG_LENGTH]}
+    registry.set_tags(details["version"], tags)
+    run.tracked.set_tags({**tags, "shellv.version": details["version"]})
     logger = get_logger(__name__)
-    logger.info("promote: version %s of %s is %s", registered.version, registered.name, decision)
-    for reason in reasons:
+    logger.info("promote: version %s of %s is %s", details["version"], details["registered_model"], details["decision"])
+    for reason in details["reasons"]:
         logger.info("promote: %s", reason)

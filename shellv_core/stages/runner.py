@@ -96,8 +96,8 @@ def run_stage(
 
     Args:
         name: the stage's one name.
-        inputs: input name -> URI of a committed folder; "" is a missing one, None an optional one left out. An input ``data`` stands for the
-            config field ``data_uri``, which then counts by content, not by address.
+        inputs: input name -> URI of a committed folder; "" is a missing one, None an optional one left out. An input
+            ``data`` stands for the config field ``data_uri``, which then counts by content, not by address.
         code: subpackages of the library whose source is part of the identity.
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.

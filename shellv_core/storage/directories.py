@@ -194,7 +194,8 @@ class InputDirectory:
         """
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)
         if entry is None:
-            raise ObjectNotFoundError(f"{self.uri} has no file {name!r}; its manifest lists {len(self.manifest.files)}.")
+            count = len(self.manifest.files)
+            raise ObjectNotFoundError(f"{self.uri} has no file {name!r}; its manifest lists {count} others.")
         path = self._cache() / name
         if path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
             return path
@@ -203,7 +204,7 @@ class InputDirectory:
             path.unlink()
             raise IntegrityError(
                 f"{join(self.uri, name)} differs from its manifest (expected SHA-256 {entry.sha256[:12]}...,"
-                f" {entry.bytes} bytes). The stored copy is damaged: delete {self.uri} and rerun the stage that made it."
+                f" {entry.bytes} bytes). It is damaged: delete {self.uri} and rerun the stage that made it."
             )
         return path
 

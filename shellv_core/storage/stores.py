@@ -28,17 +28,34 @@ from shellv_core.errors import (
 
 
 class Store(Protocol):
-    """What a storage back-end offers; all paths are full URIs."""
+    """What a storage back-end offers; all paths are full URIs, all errors of the `StorageError` tree."""
 
-    def check(self, uri: str) -> None: ...
-    def read_bytes(self, uri: str) -> bytes: ...
-    def read_range(self, uri: str, offset: int, size: int) -> bytes: ...
-    def write_bytes(self, uri: str, data: bytes) -> None: ...
-    def upload(self, path: Path, uri: str) -> None: ...
-    def download(self, uri: str, path: Path) -> None: ...
-    def exists(self, uri: str) -> bool: ...
-    def list_uris(self, prefix_uri: str, limit: int | None = None) -> list[str]: ...
-    def delete(self, uri: str) -> None: ...
+    def check(self, uri: str) -> None:
+        """Raise within seconds if the place of `uri` cannot be used."""
+
+    def read_bytes(self, uri: str) -> bytes:
+        """All bytes of an object."""
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        """`size` bytes of an object from `offset`; fewer where it ends before."""
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        """Write an object; readers see all of it or nothing."""
+
+    def upload(self, path: Path, uri: str) -> None:
+        """Write a local file as an object."""
+
+    def download(self, uri: str, path: Path) -> None:
+        """Write an object as a local file."""
+
+    def exists(self, uri: str) -> bool:
+        """Whether there is an object at `uri`."""
+
+    def list_uris(self, prefix_uri: str, limit: int | None = None) -> list[str]:
+        """Addresses of all objects below `prefix_uri`, or of the first `limit`."""
+
+    def delete(self, uri: str) -> None:
+        """Delete an object; a missing one is no fault."""
 
 
 def open_store(uri: str) -> Store:
@@ -281,5 +298,5 @@ def _file_errors(uri: str) -> Iterator[None]:
             free = f"{error.strerror}".lower()
             raise DiskFullError(f"{uri}: {free}. Free some space or choose another output_uri, then rerun.") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-            raise StorageAccessError(f"{uri}: {error.strerror}. Choose a location that this user may write to.") from None
+            raise StorageAccessError(f"{uri}: {error.strerror}. Choose a place that this user may write to.") from None
         raise StorageError(f"{uri}: {error}") from None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 FINGERPRINT_TAG, SHA256_TAG, EVALUATION_TAG = "shellv.fingerprint", "shellv.content_sha256", "shellv.evaluation_uri"
+PREVIOUS_TAG = "shellv.previous_champion"  # the version that a champion took over from; empty for the first
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class ModelRegistry:
                     if found.tags.get(key) != value:
                         self._client.set_model_version_tag(self.name, found.version, key, value)
             return _read(self._client.get_model_version(self.name, found.version))
+
+    def get(self, version: str) -> RegisteredVersion:
+        """The version with this number."""
+        with self._mapped():
+            return _read(self._client.get_model_version(self.name, version))
 
     def set_tags(self, version: str, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""

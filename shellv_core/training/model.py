@@ -44,7 +44,8 @@ class TrainingModel(nn.Module):
         hidden_size = embeddings_BTH.shape[-1]
         images_UNH = None
         if batch.image_features is not None:
-            images_UNH = self.model.model.multi_modal_projector(batch.image_features).to(embeddings_BTH.dtype)
+            features = batch.image_features.to(embeddings_BTH.dtype)
+            images_UNH = self.model.model.multi_modal_projector(features).to(embeddings_BTH.dtype)
             flat = embeddings_BTH.reshape(-1, hidden_size)
             rows = images_UNH[batch.row_images].reshape(-1, hidden_size)
             embeddings_BTH = flat.index_copy(0, batch.image_positions, rows).view_as(embeddings_BTH)

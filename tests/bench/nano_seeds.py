@@ -64,9 +64,18 @@ def table(runs: Mapping[int, Mapping[str, Any]]) -> str:
             cells.append(f"{mean:.1f} ± {half:.1f}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     lines += ["", "Differences in points, seed by seed, then their mean with its 95 % interval:", ""]
-    lines += ["| difference | " + " | ".join(f"seed {seed}" for seed in runs) + " | mean |", "|---" * (len(runs) + 2) + "|"]
-    claims = [(f"POPE {split}", ("pope", split, "accuracy")) for split in POPE] + [("CHAIR i", ("chair", "instance_rate"))]
-    for left, right in (("with HACL", "with HACL, blind"), ("without HACL", "without HACL, blind"), ("with HACL", "without HACL")):
+    lines += [
+        "| difference | " + " | ".join(f"seed {seed}" for seed in runs) + " | mean |",
+        "|---" * (len(runs) + 2) + "|",
+    ]
+    claims = [(f"POPE {split}", ("pope", split, "accuracy")) for split in POPE] + [
+        ("CHAIR i", ("chair", "instance_rate"))
+    ]
+    for left, right in (
+        ("with HACL", "with HACL, blind"),
+        ("without HACL", "without HACL, blind"),
+        ("with HACL", "without HACL"),
+    ):
         for name, path in claims:
             values = [figure(results, left, path) - figure(results, right, path) for results in runs.values()]
             mean, half = interval(values)

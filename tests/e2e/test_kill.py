@@ -46,7 +46,11 @@ def run_with_kills(project: Project, home: Path, stage: str, output: Path, *sett
     kills = 0
     for delay in KILL_AFTER_SECONDS:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(project, home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            cwd=REPOSITORY,
+            env=environment(project, home),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while process.poll() is None and not (output / "_in_progress.json").exists():
             time.sleep(0.02)
@@ -59,7 +63,13 @@ def run_with_kills(project: Project, home: Path, stage: str, output: Path, *sett
         process.wait()
         kills += 1
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(project, home), capture_output=True, text=True, timeout=250, check=False
+        command,
+        cwd=REPOSITORY,
+        env=environment(project, home),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return kills
@@ -95,7 +105,9 @@ def reference_of(stage: str, settings: list[str]) -> InputDirectory:
 
 
 @pytest.mark.usefixtures("project_s3")
-@pytest.mark.parametrize("stage", ["prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate", "promote"])
+@pytest.mark.parametrize(
+    "stage", ["prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate", "promote"]
+)
 def test_a_killed_stage_finishes_with_the_same_result(project: Project, tmp_path: Path, stage: str) -> None:
     settings = inputs_of(stage, project)
     home, output = tmp_path / "home", tmp_path / "out"
@@ -139,6 +151,8 @@ def test_a_killed_deployment_leaves_no_server_behind(project: Project, tmp_path:
     assert leftovers(home) == []
     with pytest.raises(ObjectNotFoundError):
         InputDirectory(output.as_uri())
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert InputDirectory(output.as_uri()).manifest.details["answer"]

@@ -55,7 +55,9 @@ def test_the_model_is_registered_by_reference_with_aliases(project: Project, mon
     client = registry(project, monkeypatch)
     version = client.get_model_version_by_alias("shellv-smoke", "candidate")
     assert version.version == "1"
-    assert version.source in {f"{uri}" for uri in outputs("merge_lora")} | {f"{uri}/model" for uri in outputs("merge_lora")}
+    assert version.source in {f"{uri}" for uri in outputs("merge_lora")} | {
+        f"{uri}/model" for uri in outputs("merge_lora")
+    }
     stages = {run.data.tags["shellv.stage"] for run in client.search_runs(["1"])}
     assert {"prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate", "promote", "deploy"} <= stages
 
@@ -80,7 +82,11 @@ def test_the_report_and_the_scorer_agree(project: Project, tmp_path: Path, monke
     evaluation = InputDirectory(outputs("evaluate")[0])
     data = InputDirectory(outputs("prepare_data")[0])
     results = json.loads(evaluation.fetch("results.json").read_bytes())
-    answers = next(entry.name for entry in evaluation.files("answers/") if re.search(r"candidate.*pope.*random", entry.name) and "blind" not in entry.name)
+    answers = next(
+        entry.name
+        for entry in evaluation.files("answers/")
+        if re.search(r"candidate.*pope.*random", entry.name) and "blind" not in entry.name
+    )
     done = project.run(
         "shellv_core.cli", "score", "pope",
         "--questions", str(data.fetch("benchmarks/pope/random.jsonl")),

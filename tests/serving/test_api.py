@@ -32,7 +32,9 @@ def http_client(endpoint):
 
 
 def about(url=RED, text="what is in this picture ?"):
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}]
+    return [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}
+    ]
 
 
 def chat(http_client, **body):
@@ -141,7 +143,11 @@ TEXT = {"type": "text", "text": "hi"}
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
         ({"messages": [{**USER, "name": "bob"}]}, "messages[0].name", "not a parameter"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]", "expected tags"),
-        ({"messages": [{"role": "user", "content": [TEXT, {"type": "text"}]}]}, "messages[0].content[1].text", "required"),
+        (
+            {"messages": [{"role": "user", "content": [TEXT, {"type": "text"}]}]},
+            "messages[0].content[1].text",
+            "required",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": RED}]}]},
             "messages[0].content[0].image_url",
@@ -264,7 +270,8 @@ def test_a_client_that_leaves_frees_the_engine(endpoint, http_client, stream):
     host, port = urlsplit(endpoint.url).netloc.split(":")
     body = json.dumps({**LONG, "stream": stream}).encode()
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         while not endpoint.engine.stats().running:
             time.sleep(0.01)
@@ -281,7 +288,9 @@ def test_a_full_queue(endpoint, http_client):
     release = threading.Event()
 
     def hold():
-        with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60) as held:
+        with httpx.stream(
+            "POST", f"{endpoint.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60
+        ) as held:
             responses.append(held.status_code)
             release.wait(30)
 

@@ -41,7 +41,9 @@ def test_another_picture_gives_another_answer(endpoint, red, tmp_path):
 
 def test_faults_are_told_and_counted(endpoint, tmp_path):
     (tmp_path / "not.png").write_text("hello")
-    lines = f"/nonsense\n/image {tmp_path / 'none.png'}\n/image {tmp_path / 'not.png'}\nhello\n/reset\n/help\n/quit\nno\n"
+    lines = (
+        f"/nonsense\n/image {tmp_path / 'none.png'}\n/image {tmp_path / 'not.png'}\nhello\n/reset\n/help\n/quit\nno\n"
+    )
     done = chat("--url", endpoint.url, lines=lines)
     assert done.returncode == 1
     assert "unknown command '/nonsense'" in done.stderr

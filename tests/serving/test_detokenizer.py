@@ -35,7 +35,13 @@ def test_leading_white_space_is_left_out(processor):
 
 @pytest.mark.parametrize(
     ("stop", "expected"),
-    [(["world"], "hello "), (["lo w"], "hel"), (["zzz"], "hello world"), (["world!"], "hello world"), (["d", "e"], "h")],
+    [
+        (["world"], "hello "),
+        (["lo w"], "hel"),
+        (["zzz"], "hello world"),
+        (["world!"], "hello world"),
+        (["d", "e"], "h"),
+    ],
 )
 def test_text_ends_before_the_first_stop_string(processor, stop, expected):
     pieces, stopped = feed(processor, "hello world", stop)

@@ -18,7 +18,9 @@ def reference(processor, conversation, images):
     return processor(text=text, images=images or None, return_tensors="pt")
 
 
-@pytest.mark.parametrize("text", ["what is in this picture ?", "  spaces around \n", "{{ 7 * 7 }} {% raw %}", "你好 🐈"])
+@pytest.mark.parametrize(
+    "text", ["what is in this picture ?", "  spaces around \n", "{{ 7 * 7 }} {% raw %}", "你好 🐈"]
+)
 def test_ordinary_text_is_encoded_as_the_processor_does(processor, text):
     prompt = PromptEncoder(processor).encode([user(RED, text)])
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
@@ -61,3 +63,21 @@ def test_special_tokens_in_text_are_text(processor, text, images):
 def test_a_conversation_that_the_template_refuses(processor):
     with pytest.raises(RequestError, match="no system messages"):
         PromptEncoder(processor).encode([Message("system", (TextPart("be kind"),)), user("hello")])
+
+
+@pytest.mark.parametrize("tower", ["EFFICIENTNET", "CLIP"])
+def test_prompts_are_what_the_model_was_trained_on(tower):
+    import numpy as np
+
+    from shellv_core.data.conversation import encode_conversation
+    from shellv_core.models.compose import num_image_tokens
+    from tests.training import tiny
+
+    model, processor = tiny.tiny_model(getattr(tiny, tower))
+    question = "What is in this picture?"
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "A red square."}]
+    token_id, count = model.config.image_token_index, num_image_tokens(model)
+    input_ids, labels = encode_conversation(processor.tokenizer, turns, token_id, count, 256)
+    prompt = PromptEncoder(processor).encode([user(RED, question)])
+    assert prompt.token_ids == input_ids[: np.argmax(labels != -100)].tolist()
+    assert prompt.token_ids.count(token_id) == count

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -33,7 +34,7 @@ def gone(pid):
 
 
 def test_sigterm_lets_a_stream_finish_and_takes_no_more(server, tmp_path):
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 600, "stream": True}
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
@@ -70,7 +71,7 @@ def test_the_server_goes_with_a_killed_parent(model_path, tmp_path):
         "    print(server.pid, flush=True)\n"
         "    time.sleep(100)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path, env=environment)
     pid = int(parent.stdout.readline())
     parent.kill()

@@ -6,7 +6,30 @@ import base64
 import io
 from typing import Any
 
-WORDS = "a cat dog sits on the red blue table what is in this picture two three apples ? . , hello world".split()
+WORDS = [
+    "a",
+    "cat",
+    "dog",
+    "sits",
+    "on",
+    "the",
+    "red",
+    "blue",
+    "table",
+    "what",
+    "is",
+    "in",
+    "this",
+    "picture",
+    "two",
+    "three",
+    "apples",
+    "?",
+    ".",
+    ",",
+    "hello",
+    "world",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"

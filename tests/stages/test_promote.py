@@ -1,6 +1,7 @@
 """The promote stage on real MLflow (SQLite), with evaluations made by hand."""
 
 import json
+import shutil
 
 import pytest
 
@@ -80,6 +81,11 @@ def rerun(root, thresholds_uri, model_uri, evaluation_uri):
     )
 
 
+def rerun_champion(root, thresholds_uri):
+    champion = ModelRegistry(NAME).find(CHAMPION)
+    return rerun(root, thresholds_uri, champion.model_uri, champion.tags["shellv.evaluation_uri"])
+
+
 _made: dict[str, str] = {}
 
 
@@ -109,12 +115,37 @@ def test_first_model_that_passes_becomes_champion(root, thresholds_uri):
 
 def test_running_again_changes_nothing(root, thresholds_uri):
     first = run(root, thresholds_uri, "one", 140)
-    model_uri = _made["one"]
-    evaluation_uri = ModelRegistry(NAME).find(CHAMPION).tags["shellv.evaluation_uri"]
-    again = rerun(root, thresholds_uri, model_uri, evaluation_uri)
-    assert again.details["decision"] == "unchanged"
-    assert (again.details["version"], again.output_uri) == ("1", first.output_uri)
+    again = rerun_champion(root, thresholds_uri)
+    assert again.reused
+    assert (again.details, again.output_uri) == (first.details, first.output_uri)
     assert aliases() == {CANDIDATE: "1", CHAMPION: "1"}
+
+
+def test_a_run_cut_off_before_its_commit_comes_to_the_same_verdict(root, thresholds_uri, tmp_path):
+    run(root, thresholds_uri, "one", 140)
+    first = run(root, thresholds_uri, "better", 150)
+    shutil.rmtree(tmp_path / "store" / "promotions")
+    again = rerun_champion(root, thresholds_uri)
+    assert not again.reused
+    assert again.details == first.details
+    assert aliases() == {CANDIDATE: "2", CHAMPION: "2"}
+
+
+def test_a_lost_registry_is_filled_again(root, thresholds_uri, tracking_store, tracking_database):
+    run(root, thresholds_uri, "one", 140)
+    evaluation_uri = ModelRegistry(NAME).find(CHAMPION).tags["shellv.evaluation_uri"]
+    shutil.copyfile(tracking_database, tracking_store)
+    assert aliases() == {}
+    assert not rerun(root, thresholds_uri, _made["one"], evaluation_uri).reused
+    assert aliases() == {CANDIDATE: "1", CHAMPION: "1"}
+
+
+def test_changed_thresholds_are_applied(root, thresholds_uri, tmp_path):
+    run(root, thresholds_uri, "one", 140)
+    (tmp_path / "gate.yaml").write_text("minimum: {pope_random_accuracy: 0.9}")
+    again = rerun_champion(root, thresholds_uri)
+    assert again.details["decision"] == "rejected"
+    assert aliases() == {CANDIDATE: "1", CHAMPION: "1"}, "a champion stays until another takes over"
 
 
 def test_blind_model_is_rejected_and_nobody_is_champion(root, thresholds_uri):
@@ -137,7 +168,7 @@ def test_worse_model_leaves_the_champion(root, thresholds_uri):
 def test_better_model_takes_over(root, thresholds_uri):
     run(root, thresholds_uri, "one", 140)
     result = run(root, thresholds_uri, "better", 150)
-    assert (result.details["champion_version"], result.details["previous_champion_version"]) == ("2", "1")
+    assert (result.details["champion_version"], result.details["compared_with_version"]) == ("2", "1")
     assert aliases() == {CANDIDATE: "2", CHAMPION: "2"}
 
 
@@ -163,8 +194,6 @@ def test_unknown_metric_leaves_the_registry_as_it_was(root, tmp_path):
 
 
 def test_champion_whose_evaluation_is_gone(root, thresholds_uri, tmp_path):
-    import shutil
-
     run(root, thresholds_uri, "one", 140)
     shutil.rmtree(tmp_path / "store" / "evaluations")
     with pytest.raises(PromotionError, match=r"version 1 of 'shellv-test'.*no readable evaluation"):

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-
 from shellv_core import storage
 from shellv_core.storage.seaweedfs import EmbeddedS3, embedded_s3
 

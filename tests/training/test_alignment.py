@@ -38,7 +38,7 @@ def test_words_that_tell_captions_apart(parts):
 
 
 def test_image_tokens_come_to_name_their_words(parts):
-    model, processor, examples, features = parts
+    model, _processor, examples, features = parts
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logged = {}
     metrics = align_words(model, examples, features, CONFIG, 0, lambda values, step: logged.update({step: values}))
