@@ -55,6 +55,7 @@ class Sample:
         conversations: Alternating human and gpt turns; the image token stands in a human turn.
         more_conversations: Further ones about the same image, separate because an answer in one could give away
             another's.
+        tasks: What `conversations` and each of `more_conversations` ask for; empty where the source does not tell.
         caption: A true sentence about the image.
         hallucinated_captions: False sentences about it.
         objects: What is in the image, where that is known.
@@ -68,6 +69,7 @@ class Sample:
     image: bytes | None = None
     image_format: Literal["jpg", "png"] = "jpg"
     more_conversations: tuple[Conversation, ...] = ()
+    tasks: tuple[str, ...] = ()
     caption: str | None = None
     hallucinated_captions: tuple[HallucinatedCaption, ...] = ()
     objects: tuple[SampleObject, ...] = ()
@@ -84,6 +86,7 @@ class Sample:
             "image": self.image_name,
             "conversations": self.conversations,
             "more_conversations": self.more_conversations,
+            "tasks": self.tasks,
             "caption": self.caption,
             "hallucinated_captions": [asdict(item) for item in self.hallucinated_captions],
             "objects": [asdict(item) for item in self.objects],
@@ -117,6 +120,7 @@ class Sample:
             image=image,
             image_format="png" if name is not None and name.endswith(".png") else "jpg",
             more_conversations=tuple(record.get("more_conversations", ())),
+            tasks=tuple(record.get("tasks", ())),
             caption=record["caption"],
             hallucinated_captions=tuple(HallucinatedCaption(**item) for item in record["hallucinated_captions"]),
             objects=tuple(SampleObject(**item) for item in record["objects"]),

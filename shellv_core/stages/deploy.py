@@ -31,7 +31,7 @@ class DeployConfig(StageConfig):
     port: int = Field(default=0, ge=0, le=65535)  # 0 takes a free one
     question: str = Field(default="What is in this picture?", min_length=1)
     max_answer_tokens: int = Field(default=64, ge=1)
-    startup_timeout_seconds: float = Field(default=180.0, gt=0)
+    startup_timeout_seconds: float = Field(default=300.0, gt=0)
     keep_running: bool = False
 
 

@@ -22,7 +22,7 @@ from shellv_core.stages.merge_lora import MergeLoraConfig
 from shellv_core.stages.prepare_data import PrepareDataConfig
 from shellv_core.stages.pretrain_projector import PretrainProjectorConfig
 from shellv_core.stages.promote import PromoteConfig
-from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
 
 
 class Preset(Config):
@@ -38,13 +38,17 @@ class Preset(Config):
 
 
 def nano() -> Preset:
-    """Minutes on two CPU cores: synthetic scenes, ImageNet features, a small language model trained from nothing."""
+    """Minutes on two CPU cores: synthetic scenes, ImageNet features, a small language model trained from nothing.
+
+    As no pretrained language model of this size exists, pretrain_projector trains it along with the projector, after
+    the projector was aligned with the captions' words; its tasks are those from which looking is learned soonest.
+    """
     training = TrainingConfig(
-        global_batch_size=32,
-        max_steps=600,
+        global_batch_size=16,
+        max_steps=1500,
         trainable=("projector", "language_model"),
-        projector_learning_rate=2e-3,
-        language_model_learning_rate=1.5e-3,
+        projector_learning_rate=5e-4,
+        language_model_learning_rate=1e-3,
         warmup_ratio=0.05,
         weight_decay=0.05,
         adam_beta2=0.95,
@@ -53,12 +57,18 @@ def nano() -> Preset:
         checkpoint_every_steps=100,
     )
     return Preset(
-        prepare_data=PrepareDataConfig(scenes=ScenesSource(num_train=5000, num_validation=500)),
-        pretrain_projector=PretrainProjectorConfig(model=_small_model(256, 3), training=training),
+        prepare_data=PrepareDataConfig(scenes=ScenesSource(num_train=8000, num_validation=400)),
+        pretrain_projector=PretrainProjectorConfig(
+            model=_small_model(256, 2),
+            alignment=AlignmentConfig(epochs=8),
+            training=training.model_copy(update={"tasks": ("existence", "named", "checklist", "description", "detail", "list")}),
+        ),
         finetune=FinetuneConfig(
             lora=LoraConfig(r=32, alpha=64),
             hacl=HaclConfig(weight=0.1),
-            training=training.model_copy(update={"max_steps": 150}),
+            training=training.model_copy(
+                update={"max_steps": 300, "language_model_learning_rate": 5e-4, "projector_learning_rate": 2e-4}
+            ),
         ),
         merge_lora=MergeLoraConfig(),
         evaluate=EvaluateConfig(),
@@ -143,7 +153,7 @@ def _small_model(hidden_size: int, num_layers: int, image_size: int = 160) -> Mo
     return ModelConfig(
         vision_tower=VisionTowerConfig(image_size=image_size),
         language_model=LanguageModelConfig(
-            model_type="llama",
+            model_type="starcoder2",
             options={
                 "hidden_size": hidden_size,
                 "intermediate_size": 2 * hidden_size,
@@ -151,9 +161,10 @@ def _small_model(hidden_size: int, num_layers: int, image_size: int = 160) -> Mo
                 "num_attention_heads": hidden_size // 64 or 1,
                 "num_key_value_heads": hidden_size // 64 or 1,
                 "max_position_embeddings": 1024,
-                "initializer_range": hidden_size**-0.5,
+                "sliding_window": None,
             },
             tie_word_embeddings=True,
+            matching=0.8,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
     )

@@ -3,7 +3,7 @@
 For a language model without pretraining, image tokens are noise, and the projector learns next to nothing from its
 generation loss. Here each image token is projected and compared with the model's own word embeddings, and an image's
 tokens together must name the words of its caption: multiple-instance learning with a soft maximum over the tokens t,
-    logit(image, word) = 20 * (logsumexp_t(20 * cos(projector(x_t), e_word)) / 20 - 0.35),
+    logit(image, word) = 20 * (logsumexp_t(20 * cos(projector(x_t), e_word)) / 20 - 0.5),
 under binary cross-entropy. Only the projector learns; no language model runs, so an epoch costs a small part of a
 training epoch. At the end the projector is scaled so that image tokens are as long as words. Words in over half of the
 captions, or in very few, carry no lesson and are left out. The soft maximum stands where Fang et al., "From Captions
@@ -28,7 +28,7 @@ from shellv_core.training.config import AlignmentConfig
 from shellv_core.training.examples import Examples
 from shellv_core.training.features import ImageFeatures
 
-SCALE, SHARPNESS, THRESHOLD = 20.0, 20.0, 0.35
+SCALE, SHARPNESS, THRESHOLD = 20.0, 20.0, 0.5
 WARMUP_STEPS = 30
 NORM_IMAGES = 512
 

@@ -46,6 +46,8 @@ class TrainingConfig(Config):
     epochs: float = Field(default=1.0, gt=0.0)
     #: Stop after this many optimizer steps instead of after `epochs`; the schedule ends there too.
     max_steps: int | None = Field(default=None, ge=1)
+    #: Leave out conversations of other tasks than these (see `Sample.tasks`); None, and data without tasks: all count.
+    tasks: tuple[str, ...] | None = None
     trainable: tuple[Part, ...] = ("projector",)
     projector_learning_rate: float = Field(default=1e-3, gt=0.0)
     language_model_learning_rate: float = Field(default=2e-5, gt=0.0)

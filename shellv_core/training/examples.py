@@ -91,9 +91,12 @@ def image_bytes(samples: Iterable[Sample]) -> Iterator[bytes]:
             yield sample.image
 
 
-def sample_conversations(sample: Sample) -> list[Conversation]:
-    """All conversations of a sample."""
-    return [sample.conversations, *sample.more_conversations]
+def sample_conversations(sample: Sample, tasks: Sequence[str] | None = None) -> list[Conversation]:
+    """The conversations of a sample; if `tasks` are given and the sample tells its own, only those of these tasks."""
+    conversations = [sample.conversations, *sample.more_conversations]
+    if tasks is None or not sample.tasks:
+        return conversations
+    return [each for each, task in zip(conversations, sample.tasks, strict=True) if task in tasks]
 
 
 def tokenize_samples(
@@ -102,6 +105,7 @@ def tokenize_samples(
     image_token_id: int,
     num_image_tokens: int,
     max_length: int,
+    tasks: Sequence[str] | None = None,
     on_sample: Callable[[], None] = lambda: None,
 ) -> Examples:
     """Tokenize every conversation and caption of `samples`; images are numbered in their order.
@@ -120,7 +124,7 @@ def tokenize_samples(
     hallucinated_offsets = [0]
     for sample in samples:
         image = NO_IMAGE if sample.image is None else len(captions)
-        for conversation in sample_conversations(sample):
+        for conversation in sample_conversations(sample, tasks):
             conversations.append(conversation)
             image_index.append(image)
         if sample.image is not None:
@@ -129,7 +133,8 @@ def tokenize_samples(
             hallucinated_offsets.append(len(hallucinated))
         on_sample()
     if not conversations:
-        raise DataError("there is no conversation to train on; the training split is empty.")
+        of_tasks = "" if tasks is None else f" of the tasks {', '.join(tasks)}"
+        raise DataError(f"there is no conversation{of_tasks} to train on; look at the training split and at tasks.")
 
     input_ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []

@@ -73,6 +73,7 @@ def fit(
             module.model.config.image_token_id,
             num_image_tokens(module.model),
             config.max_length,
+            config.tasks,
             counter.update,
         )
 

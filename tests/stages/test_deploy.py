@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import shutil
+import subprocess
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,7 +53,11 @@ def config(tmp_path):
     def build(**values):
         image = tmp_path / "red.png"
         image.write_bytes(picture("red"))
-        defaults = {"output_uri": (tmp_path / "deployed").as_uri(), "image_uri": image.as_uri()}
+        defaults = {
+            "output_uri": (tmp_path / "deployed").as_uri(),
+            "image_uri": image.as_uri(),
+            "startup_timeout_seconds": 250,
+        }
         return build_config(DeployConfig, {**defaults, "registered_model": "tiny", **values})
 
     return build
@@ -95,11 +103,16 @@ def fake_deployment(monkeypatch):
     server.shutdown()
 
 
-def test_a_real_server_answers_and_is_gone_afterwards(tmp_path, champion, config):
+@pytest.fixture
+def tiny_champion(tmp_path, champion):
     processor = build_processor()
     build_model(processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     champion(lambda output: output.put_tree(tmp_path / "model", "model") and None)
+
+
+@pytest.mark.usefixtures("tiny_champion")
+def test_a_real_server_answers_and_is_gone_afterwards(config):
     result = deploy.run(config(max_answer_tokens=8))
     details = result.details
     assert details["answer"]
@@ -115,6 +128,19 @@ def test_a_real_server_answers_and_is_gone_afterwards(tmp_path, champion, config
         with contextlib.suppress(OSError):
             if str(home()).encode() in (process / "environ").read_bytes():
                 assert b"\0serve\0" not in (process / "cmdline").read_bytes()
+
+
+@pytest.mark.usefixtures("tiny_champion")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_a_server_that_is_kept_answers_the_curl_line(config):
+    details = deploy.run(config(max_answer_tokens=8, keep_running=True)).details
+    try:
+        asked = subprocess.run(shlex.split(details["curl"]), capture_output=True, timeout=60, check=True)
+        assert json.loads(asked.stdout)["choices"][0]["message"]["content"].strip() == details["answer"]
+        with urllib.request.urlopen(f"{details['url']}/ui/", timeout=60) as page:
+            assert page.status == 200
+    finally:
+        subprocess.run(shlex.split(details["stop"]), check=True)
 
 
 def test_the_first_validation_picture_is_asked_about(tmp_path, champion, config, fake_deployment):

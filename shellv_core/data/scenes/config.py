@@ -21,8 +21,10 @@ class ScenesConfig(Config):
     validation_theme_share: Share = 0.5  # the same for validation scenes
     pair_share: Share = 0.5  # a drawn object brings its usual companion
     tint_share: Share = 0.6  # a category that can be recolored is recolored
-    existence_conversations: int = Field(default=2, ge=1, le=8)  # of questions like "Is there a dog in the image?"
-    existence_turns: int = Field(default=12, ge=1, le=24)  # questions in one of them, at most
+    existence_conversations: int = Field(default=1, ge=1, le=8)  # of questions like "Is there a dog in the image?"
+    named_conversations: int = Field(default=1, ge=0, le=8)  # of the same with "Name it first.": "dog yes"
+    checklists: int = Field(default=2, ge=0, le=8)  # "Check the image for: dog, cat." -> "dog yes, cat no."
+    existence_turns: int = Field(default=12, ge=1, le=24)  # objects asked about in one of these, at most
     hard_negative_share: Share = 0.5  # absent objects asked about that usually accompany those present
     attribute_questions: int = Field(default=3, ge=0, le=16)  # color, count, relation and event
     match_questions: int = Field(default=1, ge=0, le=5)  # Hal-Eval's question about a caption

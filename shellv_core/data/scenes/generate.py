@@ -40,7 +40,7 @@ def scene_record(request: SceneRequest, index: int) -> tuple[Scene, dict[str, An
     description = describe(scene, rng)
     caption = speak(description)
     hallucinated = hallucinate(scene, description, company.together, rng)
-    first, *more = scene_conversations(
+    talks = scene_conversations(
         request.config,
         scene,
         caption,
@@ -53,8 +53,9 @@ def scene_record(request: SceneRequest, index: int) -> tuple[Scene, dict[str, An
     record = {
         "id": scene.key,
         "image": f"{scene.key}.jpg",
-        "conversations": first,
-        "more_conversations": more,
+        "conversations": talks[0][1],
+        "more_conversations": [talk for _, talk in talks[1:]],
+        "tasks": [task for task, _ in talks],
         "caption": caption,
         "hallucinated_captions": [asdict(item) for item in hallucinated],
         "objects": [asdict(item) for item in scene.objects],

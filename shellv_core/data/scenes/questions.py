@@ -16,6 +16,19 @@ Question = tuple[str, str]  # question, answer
 DESCRIBE = "Describe the image."
 DESCRIBE_IN_DETAIL = "Describe the image in detail."
 LIST_OBJECTS = "What objects are in the image?"
+NAME_FIRST = "Name it first."
+YES_NO = {True: "yes", False: "no"}
+
+EXISTENCE, NAMED, CHECKLIST, DESCRIPTION, DETAIL, LIST, ATTRIBUTES, MATCH = TASKS = (
+    "existence",
+    "named",
+    "checklist",
+    "description",
+    "detail",
+    "list",
+    "attributes",
+    "match",
+)
 
 
 def existence_question(category: str) -> str:
@@ -49,23 +62,37 @@ def scene_conversations(
     frequency: Mapping[str, float],
     company: Mapping[str, Mapping[str, float]],
     rng: random.Random,
-) -> list[Conversation]:
-    """Return the conversations about one scene.
+) -> list[tuple[str, Conversation]]:
+    """Return the conversations about one scene, each with its task.
 
     They are separate because an answer to one would give another away: who has read the description needs no eyes to
     say whether there is a dog.
     """
-    result = [conversation(questions) for questions in existence(config, scene, frequency, company, rng)]
-    result.append(conversation([(DESCRIBE, short_caption)]))
-    result.append(conversation([(DESCRIBE_IN_DETAIL, caption)]))
-    result.append(conversation([(LIST_OBJECTS, listing(scene))]))
+    result = []
+    for _ in range(config.existence_conversations):
+        questions = [
+            (existence_question(name), "Yes" if present else "No")
+            for name, present in existence(config, scene, frequency, company, rng)
+        ]
+        result.append((EXISTENCE, conversation(questions)))
+    for _ in range(config.named_conversations):
+        questions = [
+            (f"{NAME_FIRST} {existence_question(name)}", f"{name} {YES_NO[present]}")
+            for name, present in existence(config, scene, frequency, company, rng)
+        ]
+        result.append((NAMED, conversation(questions)))
+    for _ in range(config.checklists):
+        result.append((CHECKLIST, conversation([checklist(existence(config, scene, frequency, company, rng))])))
+    result.append((DESCRIPTION, conversation([(DESCRIBE, short_caption)])))
+    result.append((DETAIL, conversation([(DESCRIBE_IN_DETAIL, caption)])))
+    result.append((LIST, conversation([(LIST_OBJECTS, listing(scene))])))
     attributes = attribute_questions(scene, rng)[: config.attribute_questions]
     if attributes:
-        result.append(conversation(attributes))
+        result.append((ATTRIBUTES, conversation(attributes)))
     for _ in range(config.match_questions):
         true = rng.random() < 0.5
         asked = caption if true else rng.choice(hallucinated).text
-        result.append(conversation([(match_question(asked), "Yes" if true else "No")]))
+        result.append((MATCH, conversation([(match_question(asked), "Yes" if true else "No")])))
     return result
 
 
@@ -80,31 +107,31 @@ def existence(
     frequency: Mapping[str, float],
     company: Mapping[str, Mapping[str, float]],
     rng: random.Random,
-) -> list[list[Question]]:
-    """Return conversations of existence questions whose text says nothing about the next answer.
+) -> list[tuple[str, bool]]:
+    """Return categories to ask about and whether they are present; what came before says nothing about the next.
 
-    Every turn is a fair coin: heads asks about a present category, tails about an absent one, none of them twice. A
-    conversation ends when no present category is left, before the next toss. Balancing yes and no within a
-    conversation instead would teach counting: after many yeses comes a no.
+    Every turn is a fair coin: heads asks about a present category, tails about an absent one, none of them twice. The
+    list ends when no present category is left, before the next toss. Balancing yes and no within a list instead would
+    teach counting: after many yeses comes a no.
     """
     suggested = absent_weights(scene.categories, company)
     common = {name: frequency[name] + 1e-3 for name in suggested}
-    conversations: list[list[Question]] = []
-    for _ in range(config.existence_conversations):
-        left = rng.sample(scene.categories, len(scene.categories))
-        absent: set[str] = set()
-        questions: list[Question] = []
-        while left and len(questions) < config.existence_turns:
-            if rng.random() < 0.5:
-                questions.append((existence_question(left.pop()), "Yes"))
-            else:
-                weights = suggested if rng.random() < config.hard_negative_share else common
-                remaining = {name: weight for name, weight in weights.items() if name not in absent}
-                name = draw(rng, remaining)
-                absent.add(name)
-                questions.append((existence_question(name), "No"))
-        conversations.append(questions)
-    return conversations
+    left = rng.sample(scene.categories, len(scene.categories))
+    asked: dict[str, bool] = {}
+    while left and len(asked) < config.existence_turns:
+        if rng.random() < 0.5:
+            asked[left.pop()] = True
+        else:
+            weights = suggested if rng.random() < config.hard_negative_share else common
+            asked[draw(rng, {name: weight for name, weight in weights.items() if name not in asked})] = False
+    return list(asked.items())
+
+
+def checklist(items: list[tuple[str, bool]]) -> Question:
+    """Return one question about many categories, whose answer names each before it says yes or no."""
+    names = ", ".join(name for name, _ in items)
+    answers = ", ".join(f"{name} {YES_NO[present]}" for name, present in items)
+    return f"Check the image for: {names}.", f"{answers}."
 
 
 def attribute_questions(scene: Scene, rng: random.Random) -> list[Question]:
