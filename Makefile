@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run serve test test-all check format compile golden bench seeds clean
+.PHONY: help install run serve test test-all check format compile seeds clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -23,10 +23,10 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
 test: $(INSTALLED)     ## all tests that need no browser and under 15 minutes
-	$(BIN)/python -m pytest -q -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser"
 
 test-all: $(INSTALLED) ## also the tests that drive Chromium
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: $(INSTALLED)    ## ruff, mypy, import-linter and the compiled pipeline
 	$(BIN)/ruff check .
@@ -41,6 +41,9 @@ format: $(INSTALLED)   ## format the code
 
 compile: $(INSTALLED)  ## write the pipeline's YAML for Kubeflow
 	$(BIN)/python -m pipelines compile
+
+seeds: $(INSTALLED)    ## the three-seed table of docs/nano-seeds.md
+	$(BIN)/python -m tests.bench.nano_seeds
 
 clean:                 ## delete what runs have left (data, models, tracking)
 	rm -rf .shellv

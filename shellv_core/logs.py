@@ -15,9 +15,9 @@ def setup_logging(level: int = logging.INFO) -> None:
     """Send the library's lines to standard error, with the time, and keep other libraries to warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    # Libraries that warn through the root logger give no name by which to silence them.
-    handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("shellv_core").setLevel(level)
+    # It warns at import of an optional kernel that it would fetch from a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -14,6 +14,13 @@ from shellv_core.storage.seaweedfs import S3_VARIABLES, embedded_s3
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file on one worker, since its fixtures are shared; the e2e files share one and name their group."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder below the test's own temporary folder."""

@@ -73,7 +73,7 @@ def nano() -> Preset:
         merge_lora=MergeLoraConfig(),
         evaluate=EvaluateConfig(),
         promote=PromoteConfig(registered_model="shellv-nano"),
-        deploy=DeployConfig(registered_model="shellv-nano"),
+        deploy=DeployConfig(registered_model="shellv-nano", question="Describe the image."),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from shellv_core.storage import InputDirectory, list_uris
 from tests.e2e.conftest import Project
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
 
 
 def registry(project: Project, monkeypatch: pytest.MonkeyPatch):

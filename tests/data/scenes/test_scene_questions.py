@@ -151,8 +151,30 @@ def test_descriptions_lists_and_matches(asked: list[tuple[Scene, dict, list[Pair
     assert abs(matches["Yes"] - matches["No"]) < 120
 
 
+def test_named_questions_and_checklists_name_before_they_answer(asked: list[tuple[Scene, dict, list[Pairs]]]) -> None:
+    counts: Counter[str] = Counter()
+    for scene, record, talk in asked:
+        assert len(record["tasks"]) == len(talk)
+        for task, items in zip(record["tasks"], talk, strict=True):
+            if task == "named":
+                for question, answer in items:
+                    name, said = answer.rsplit(" ", 1)
+                    assert re.fullmatch(rf"Name it first\. Is there an? {name} in the image\?", question)
+                    assert said == ("yes" if name in scene.categories else "no")
+                    counts[said] += 1
+            elif task == "checklist":
+                ((question, answer),) = items
+                names = question.removeprefix("Check the image for: ").removesuffix(".").split(", ")
+                assert len(set(names)) == len(names) <= CONFIG.existence_turns
+                said = ", ".join(f"{name} {'yes' if name in scene.categories else 'no'}" for name in names)
+                assert answer == f"{said}."
+                counts["checklist"] += 1
+    assert counts["checklist"] == CONFIG.checklists * len(asked)
+    assert abs(counts["yes"] / (counts["yes"] + counts["no"]) - 0.5) < 0.03
+
+
 def test_numbers_of_questions_are_configured() -> None:
-    config = ScenesConfig(existence_conversations=1, existence_turns=2, attribute_questions=0, match_questions=0)
+    config = ScenesConfig(named_conversations=0, checklists=0, existence_turns=2, attribute_questions=0, match_questions=0)
     _, record = scene_record(SceneRequest(config, 0, "train", 100), 0)
     assert len(record["conversations"]) <= 4
     assert len([record["conversations"], *record["more_conversations"]]) == 4
