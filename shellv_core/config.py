@@ -169,4 +169,6 @@ def _describe(config_class: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key} is required; give it as {key}=VALUE"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"{key}={fault['input']!r}: {message}" if key else message
+    if not key or isinstance(fault["input"], Mapping):
+        return f"{key}: {message}" if key else message
+    return f"{key}={fault['input']!r}: {message}"

@@ -12,16 +12,18 @@ from shellv_core.cli import COMMANDS, STAGE_HELP
 from shellv_core.stages import STAGE_NAMES
 
 HEAVY = ("torch", "transformers", "mlflow", "gradio", "fastapi", "kfp", "boto3", "webdataset", "numpy", "PIL", "scipy")
-SMALL_DATA = ("--preset", "smoke", "scenes.num_train=24", "scenes.num_validation=8")
+SMALL_DATA = ("--preset", "smoke", "scenes.num_train=24", "scenes.num_validation=24", "scenes.benchmark_images=8")
 
 
-def shellv(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def shellv(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Run the program; variables given as None are taken out of its environment."""
+    variables = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-m", "shellv_core.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **environment},
+        env={name: value for name, value in variables.items() if value is not None},
         check=False,
     )
 
@@ -67,7 +69,7 @@ def test_a_stage_runs_alone_and_prints_its_result(tmp_path: Path) -> None:
 
 def test_s3_without_any_setting_means_the_embedded_server(tmp_path: Path) -> None:
     uri = "s3://shellv/alone/{fingerprint}"
-    bare = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"), "")
+    bare = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"))
     done = shellv("prepare_data", *SMALL_DATA, f"output_uri={uri}", **bare)
     assert done.returncode == 0, done.stderr
     again = shellv("prepare_data", *SMALL_DATA, f"output_uri={uri}", **bare)
@@ -105,6 +107,11 @@ def test_a_wrong_secret(s3_server: dict[str, str]) -> None:
     environment = {**s3_server, "AWS_SECRET_ACCESS_KEY": "wrong"}
     message = one_paragraph(shellv("prepare_data", *SMALL_DATA, "output_uri=s3://shellv/x", **environment))
     assert "AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_an_unknown_profile() -> None:
+    done = shellv("prepare_data", *SMALL_DATA, "output_uri=s3://shellv/x", AWS_PROFILE="nobody")
+    assert "AWS_PROFILE" in one_paragraph(done)
 
 
 def test_a_missing_bucket(s3_server: dict[str, str]) -> None:

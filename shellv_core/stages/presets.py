@@ -61,7 +61,9 @@ def nano() -> Preset:
         pretrain_projector=PretrainProjectorConfig(
             model=_small_model(256, 2),
             alignment=AlignmentConfig(epochs=8),
-            training=training.model_copy(update={"tasks": ("existence", "named", "checklist", "description", "detail", "list")}),
+            training=training.model_copy(
+                update={"tasks": ("existence", "named", "checklist", "description", "detail", "list")}
+            ),
         ),
         finetune=FinetuneConfig(
             lora=LoraConfig(r=32, alpha=64),

@@ -130,11 +130,11 @@ class S3Store:
         import boto3
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config as BotoConfig
-
-        # Not boto3's default session, which keeps the first credentials that it finds for the process's life.
-        session = boto3.session.Session()
+        from botocore.exceptions import BotoCoreError
 
         def client(attempts: int) -> Any:
+            # Not boto3's default session, which keeps the first credentials that it finds for the process's life.
+            session = boto3.session.Session()
             return session.client(
                 "s3",
                 region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
@@ -150,8 +150,13 @@ class S3Store:
             )
 
         self.endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self._impatient_client = client(attempts=2)
-        self._client = client(attempts=6)
+        try:
+            self._impatient_client = client(attempts=2)
+            self._client = client(attempts=6)
+        except (BotoCoreError, ValueError) as error:
+            raise StorageAccessError(
+                f"the S3 settings cannot be used: {error}. Check AWS_PROFILE and AWS_ENDPOINT_URL."
+            ) from None
         self._transfer = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4)
 
     def check(self, uri: str) -> None:

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     runs, seconds = {}, {}
     for seed in options.seeds:
-        done = run(options.preset, [f"seed={seed}"], registered_model=f"shellv-{options.preset}-seeds")
+        done = run(options.preset, [f"seed={seed}", f"promote.registered_model=shellv-{options.preset}-seeds"])
         runs[seed], seconds[seed] = done.results, done.seconds
         text = f"Preset `{options.preset}`, seeds {', '.join(map(str, runs))}; all figures in percent.\n\n{table(runs)}"
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def test_a_killed_stage_finishes_with_the_same_result(project: Project, tmp_path
         from mlflow.tracking import MlflowClient
 
         versions = MlflowClient(f"sqlite:///{home}/mlflow.db").search_model_versions("name='killed'")
-        assert [each.version for each in versions] == ["1"]
+        assert [str(each.version) for each in versions] == ["1"]
         assert made.manifest.metrics == reference.manifest.metrics
     else:
         assert content(made) == content(reference)

@@ -54,7 +54,7 @@ def test_every_stage_committed_its_settings_versions_and_inputs(project: Project
 def test_the_model_is_registered_by_reference_with_aliases(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     client = registry(project, monkeypatch)
     version = client.get_model_version_by_alias("shellv-smoke", "candidate")
-    assert version.version == "1"
+    assert str(version.version) == "1"
     assert version.source in {f"{uri}" for uri in outputs("merge_lora")} | {
         f"{uri}/model" for uri in outputs("merge_lora")
     }
@@ -68,7 +68,7 @@ def test_a_second_run_changes_nothing(project: Project, monkeypatch: pytest.Monk
     assert again.returncode == 0, again.stdout + again.stderr
     assert {stage: outputs(stage) for stage in before} == before
     client = registry(project, monkeypatch)
-    assert [each.version for each in client.search_model_versions("name='shellv-smoke'")] == ["1"]
+    assert [str(each.version) for each in client.search_model_versions("name='shellv-smoke'")] == ["1"]
 
     def table(text: str) -> list[str]:
         return [line for line in text.splitlines() if "POPE" in line or "CHAIR" in line]

@@ -75,10 +75,10 @@ def test_neither_answer_nor_category_gives_yes_away(asked: list[tuple[Scene, dic
             for name, answer in items:
                 by_name[name][answer] += 1
     assert abs(first["Yes"] / first.total() - 0.5) < 0.04
-    shares = [counts["Yes"] / counts.total() for counts in by_name.values() if counts.total() > 80]
+    shares = [counts["Yes"] / counts.total() for counts in by_name.values() if counts.total() > 60]
     assert len(shares) > 40
-    assert min(shares) > 0.3
-    assert max(shares) < 0.7
+    assert min(shares) > 0.25
+    assert max(shares) < 0.75
 
 
 def test_many_absent_objects_are_the_usual_company(asked: list[tuple[Scene, dict, list[Pairs]]]) -> None:
@@ -174,7 +174,9 @@ def test_named_questions_and_checklists_name_before_they_answer(asked: list[tupl
 
 
 def test_numbers_of_questions_are_configured() -> None:
-    config = ScenesConfig(named_conversations=0, checklists=0, existence_turns=2, attribute_questions=0, match_questions=0)
+    config = ScenesConfig(
+        named_conversations=0, checklists=0, existence_turns=2, attribute_questions=0, match_questions=0
+    )
     _, record = scene_record(SceneRequest(config, 0, "train", 100), 0)
     assert len(record["conversations"]) <= 4
     assert len([record["conversations"], *record["more_conversations"]]) == 4
