@@ -185,17 +185,27 @@ class EmbeddedS3:
         self._owner = True
         state = {"pid": self._process.pid, "owner_pid": os.getpid(), "endpoint": endpoint, "ports": ports}
         self._write_state(state)
+        try:
+            self._wait_until_ready(self._process, endpoint, credentials, log_path)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            self._owner = False
+            self._forget(state)
+            raise
+        logger.info("embedded S3 serves %s at %s", self.folder / "data", endpoint)
+
+    def _wait_until_ready(
+        self, process: subprocess.Popen[bytes], endpoint: str, credentials: dict[str, str], log_path: Path
+    ) -> None:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not self._ready(endpoint, credentials):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
-                self._forget(state)
+            if process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-5:])
                 raise StorageError(
                     f"the embedded S3 server did not start over {self.folder}; its log ({log_path}) ends:\n{tail}"
                 )
             time.sleep(0.1)
-        logger.info("embedded S3 serves %s at %s", self.folder / "data", endpoint)
 
     def _ready(self, endpoint: str, credentials: dict[str, str]) -> bool:
         if not _answers(endpoint):
