@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 def test_one_stage_at_a_time(tmp_path: Path, project_folder: Path) -> None:
     (block,) = [block for block in BLOCKS if block.count("shellv ") == len(STAGE_NAMES)]
-    lines = block.replace("/tmp/shellv-demo", str(tmp_path / "demo")).splitlines()  # noqa: S108
+    lines = block.replace("/tmp/shellv-demo", str(tmp_path / "demo")).splitlines()
     assert [line.split()[1] for line in lines] == list(STAGE_NAMES)
     for line in lines:
         program, *arguments = shlex.split(line)
@@ -42,7 +42,7 @@ def test_one_stage_at_a_time(tmp_path: Path, project_folder: Path) -> None:
 
 def test_make_targets_and_files_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`make ([a-z-]+)`", README) + ["run", "test"]:
+    for target in [*re.findall(r"`make ([a-z-]+)`", README), "run", "test"]:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (REPOSITORY / path).exists(), path
