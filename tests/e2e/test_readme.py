@@ -18,7 +18,7 @@ from tests.e2e.conftest import REPOSITORY
 pytestmark = [pytest.mark.e2e]
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def test_one_stage_at_a_time(tmp_path: Path, project_folder: Path) -> None:
