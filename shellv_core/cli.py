@@ -106,7 +106,8 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
     if options.config:
         config = merge_values(config, read_yaml(Path(options.config)))
     config = apply_overrides(config, options.overrides)
-    with _storage_for(config):
+    # Standard output carries the result alone; some libraries log there.
+    with contextlib.redirect_stdout(sys.stderr), _storage_for(config):
         result = stage_module(options.verb).run(config)
     print(result.model_dump_json(indent=1))
     return 0

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shellv_core.errors import TrackingError
@@ -48,6 +49,8 @@ def open_client() -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri()
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        _ensure_database(home() / "mlflow.db")
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         client.search_experiments(max_results=1)
@@ -57,6 +60,17 @@ def open_client() -> MlflowClient:
             " to use a local SQLite file."
         ) from None
     return client
+
+
+def _ensure_database(path: Path) -> None:
+    """Create the tables beside `path` and rename: a kill amid MLflow's migrations leaves a file that it cannot open."""
+    from mlflow.tracking import MlflowClient
+
+    if path.exists():
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    unfinished.replace(path)
 
 
 class TrackedRun:
