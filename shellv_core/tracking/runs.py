@@ -49,7 +49,7 @@ def open_client() -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri()
-    if "MLFLOW_TRACKING_URI" not in os.environ:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
         _ensure_database(home() / "mlflow.db")
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
