@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shellv_core.config import fingerprint
-from shellv_core.errors import ServingError
+from shellv_core.errors import ObjectNotFoundError, ServingError
 from shellv_core.storage import InputDirectory, local_path, sha256_of
 from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
 
@@ -88,11 +88,14 @@ def find_registered(reference: str) -> RegisteredSource:
 
 
 def _committed(uri: str, name: str) -> ModelFiles:
-    # A registered version may name the model inside the output.
-    uri = uri.rstrip("/").removesuffix(f"/{MODEL_PREFIX}")
+    uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
-        output = InputDirectory(uri)
+        try:
+            output = InputDirectory(uri)
+        except ObjectNotFoundError:
+            # A registered version may name the model inside the output.
+            output = InputDirectory(uri.removesuffix(f"/{MODEL_PREFIX}"))
         path = output.fetch_tree(MODEL_PREFIX)
     entries = [
         (entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")
