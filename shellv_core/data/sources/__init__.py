@@ -1,0 +1,1 @@
+"""The formats that image-text data comes in, one module each."""
