@@ -1,1 +1,1 @@
-"""The formats that image-text data comes in, one module each."""
+"""Rows of the field's data formats, read one by one: `open_source` opens one by its settings."""
