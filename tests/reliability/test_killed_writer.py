@@ -30,13 +30,13 @@ if __name__ == "__main__":
 def test_20_kills_change_no_byte_of_shards_index_and_manifest(tmp_path: Path, tracking_store: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    for number in range(8):
+    for number in range(24):
         (images / f"{number}.jpg").write_bytes(photo_like_jpeg(number, (300, 200)))
     (images / "bad.jpg").write_bytes(photo_like_jpeg(0)[:900])
     rows = [
         {
             "id": str(n),
-            "image": "bad.jpg" if n % 50 == 7 else f"{n % 8}.jpg",
+            "image": "bad.jpg" if n % 50 == 7 else f"{n % 24}.jpg",
             "conversations": [{"from": "human", "value": f"<image>\n{n}?"}, {"from": "gpt", "value": "A photo."}],
         }
         for n in range(NUM_ROWS)
@@ -53,7 +53,7 @@ def test_20_kills_change_no_byte_of_shards_index_and_manifest(tmp_path: Path, tr
         f"llava.images={images}",
         f"output_uri={output.as_uri()}",
         "samples_per_shard=40",
-        "validation_fraction=0.1",
+        "validation_fraction=0.3",
         "max_rejected_fraction=0.05",
     ]
     chance = random.Random(0)
