@@ -108,8 +108,12 @@ class Template:
         return self._with_tokens("" if bos == eos else bos, eos)
 
     def _with_tokens(self, bos: str, eos: str) -> Template:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: text.replace("{bos}", bos).replace("{eos}", eos) for name, text in texts.items()})
+        texts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                texts[field.name] = value.replace("{bos}", bos).replace("{eos}", eos)
+        return replace(self, **texts)
 
     def render(self, conversation: Sequence[Mapping[str, str]]) -> list[Part]:
         """The parts of LLaVA turns (``{"from": "human" | "gpt", "value": str}``); none is empty.
@@ -290,7 +294,7 @@ TEMPLATES = {
             answer_open="",
             end=" |<end>| ",
             parts_alone=True,
-            stop_strings=("|<end>|", "|end|", "## human"),
+            stop_strings=(" |<end>|", "|<end>|", "|end|", "## human"),
         ),
     )
 }

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from shellv_core.errors import EvaluationError, ModelError
 from shellv_core.evaluation.answers import Prompt
+from shellv_core.templates import template_of
 
 LayerStates = list[tuple[torch.Tensor, torch.Tensor]]
 """For each layer: keys and values [images, heads, tokens, head_dim]."""
@@ -34,6 +35,7 @@ class LlavaGenerator:
     def __init__(self, model: Any, processor: Any, batch_size: int = 128) -> None:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = processor.tokenizer
+        self.stop_strings = template_of(processor).stop_strings
         self.image_token_id = int(model.config.image_token_id)
         configured = model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if configured is None else configured
@@ -160,6 +162,8 @@ class LlavaGenerator:
     def _decode_tokens(self, tokens: list[int], stops: set[int]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
         text: str = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        for stop in self.stop_strings:
+            text = text.partition(stop)[0]
         return text.strip()
 
     def _embed(self, ids: torch.Tensor | list[list[int]]) -> torch.Tensor:

@@ -308,7 +308,8 @@ def _compose(
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | list[int]:
     """The ids that end an answer: the end-of-text token, and the template's end marker where that is one token."""
     eos: int = tokenizer.eos_token_id
-    ends = [tokenizer.convert_tokens_to_ids(text) for text in template.stop_strings if text in template.markers]
+    stops = [text for text in template.stop_strings if text in template.markers]
+    ends: Any = tokenizer.convert_tokens_to_ids(stops)
     return [eos, *ends] if ends else eos
 
 
