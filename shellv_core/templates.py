@@ -165,6 +165,13 @@ class Template:
             source = source.replace(f"@{field.name}@", "none" if value is None else json.dumps(value))
         return source
 
+    def seams(self) -> re.Pattern[str] | None:
+        """What parts the template's texts in a prompt, where they are encoded alone; None where they are not."""
+        if not self.parts_alone:
+            return None
+        texts = {self.user_open, self.user_close, self.assistant_open, self.answer_open, self.end} - {""}
+        return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
+
     def learned_text(self, turn: Mapping[str, str]) -> str:
         """A turn as a new tokenizer should meet it: with the words of the template, without special tokens."""
         plain = self._with_tokens("", "")

@@ -105,6 +105,23 @@ def encode_conversation(
     )
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: Template) -> list[int]:
+    """Ids of a prompt that the template's chat template rendered, as they begin a training text.
+
+    Special tokens are read wherever their text stands.
+    """
+    starts_itself = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    seams = template.bound(tokenizer).seams()
+    ids: list[int]
+    if seams is None:
+        ids = tokenizer(prompt, add_special_tokens=not starts_itself)["input_ids"]
+        return ids
+    parts = [Part(text) for text in seams.split(prompt) if text]
+    pieces = _pieces(parts, _pattern(special_tokens(tokenizer)), parts_alone=True)
+    ids = next(_encode_pieces(tokenizer, [pieces]))[0].tolist()
+    return ids if starts_itself else _special_ids_around(tokenizer)[0] + ids
+
+
 def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[np.ndarray]:
     """Encode captions for the contrastive objective: the text alone, then the end-of-text token.
 
@@ -156,7 +173,7 @@ def _encode(
             f"the tokenizer has no special tokens {', '.join(sorted(missing))}, which the template {template.name!r}"
             " needs; add them with shellv_core.templates.add_template_tokens."
         )
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(reserved, key=len, reverse=True)))
+    pattern = _pattern(reserved)
     before, after = _special_ids_around(tokenizer)
     results: list[Encoded | None] = [None] * len(rendered)
     whole = [
@@ -179,6 +196,10 @@ def _encode(
         padded = np.pad(trained, (len(before), len(after)))
         results[index] = np.concatenate([before, ids, after]).astype(np.int32), padded
     return [result for result in results if result is not None]
+
+
+def _pattern(texts: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
 def _trained_tokens(parts: Sequence[Part], ends: np.ndarray) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shellv_core.serving.engine import ImagePart, Message, RequestError
+from shellv_core.templates import template_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class PromptEncoder:
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         tokens = {*special, *self._tokenizer.all_special_tokens, self._image_token}
         self._reserved = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        self._seams = template_of(processor).bound(self._tokenizer).seams()
 
     def encode(self, messages: Iterable[Message]) -> Prompt:
         """The inputs with which the model answers the last message.
@@ -109,7 +111,7 @@ class PromptEncoder:
             expanded += self._image_token * num_tokens + slot
         pieces = _split_at(expanded, texts)
         starts_itself = bool(self._tokenizer.bos_token) and expanded.startswith(self._tokenizer.bos_token)
-        if any(self._reserved.search(text) for text in texts.values()):
+        if self._seams or any(self._reserved.search(text) for text in texts.values()):
             return self._encode_in_runs(pieces, texts, starts_itself)
         # The usual case in one call, as in training, since tokens may span the border of template and text.
         whole = "".join(texts.get(piece, piece) for piece in pieces)
@@ -117,23 +119,28 @@ class PromptEncoder:
         return token_ids
 
     def _encode_in_runs(self, pieces: list[str], texts: dict[str, str], starts_itself: bool) -> list[int]:
-        """Encode the template's special tokens as such and everything else as plain text."""
+        """Encode the template's special tokens as such and everything else as plain text, cut at the seams."""
         runs: list[tuple[str, bool]] = []
         for piece in pieces:
             if piece in texts:
                 runs.append((texts[piece], False))
                 continue
-            position = 0
-            for match in self._reserved.finditer(piece):
-                runs += [(piece[position : match.start()], False), (match.group(), True)]
-                position = match.end()
-            runs.append((piece[position:], False))
+            for part in self._seams.split(piece) if self._seams else [piece]:
+                position = 0
+                for match in self._reserved.finditer(part):
+                    runs += [(part[position : match.start()], False), (match.group(), True)]
+                    position = match.end()
+                runs.append((part[position:], False))
+                if self._seams:
+                    runs.append(("", True))
         token_ids: list[int] = [] if starts_itself else list(self._tokenizer("")["input_ids"])
         plain = ""
         for text, reserved in runs:
             if reserved:
-                token_ids += [*self._plain(plain), self._tokenizer.convert_tokens_to_ids(text)]
+                token_ids += self._plain(plain)
                 plain = ""
+                if text:
+                    token_ids.append(self._tokenizer.convert_tokens_to_ids(text))
             else:
                 plain += text
         return token_ids + self._plain(plain)

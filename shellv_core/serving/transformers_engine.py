@@ -35,6 +35,7 @@ from shellv_core.serving.engine import (
 )
 from shellv_core.serving.prompt import Prompt, PromptEncoder
 from shellv_core.serving.sampling import sample
+from shellv_core.templates import template_of
 
 if TYPE_CHECKING:
     import torch
