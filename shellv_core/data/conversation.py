@@ -143,15 +143,20 @@ def preview(
     parts = template.bound(tokenizer).render(conversation)
     (ids, trained), *_ = _encode(tokenizer, [parts], template)
     result: list[tuple[str, bool]] = []
-    held: list[int] = []
-    for index, token in enumerate(ids.tolist()):
-        held.append(token)
-        text: Any = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        is_last = index + 1 == len(ids) or trained[index + 1] != trained[index]
+    # Decoded behind the text before, since some decoders drop the space that leads a sequence.
+    start = before = 0
+    for index, is_trained in enumerate(trained.tolist()):
+        known, text = (_decode(tokenizer, ids[before:end].tolist()) for end in (start, index + 1))
+        is_last = index + 1 == len(ids) or trained[index + 1] != is_trained
         if is_last or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            result.append((text, bool(trained[index])))
-            held = []
+            result.append((text[len(known) :], is_trained))
+            before, start = start, index + 1
     return result
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 class _Piece(NamedTuple):
@@ -243,7 +248,7 @@ def _pieces(parts: Sequence[Part], reserved: re.Pattern[str], parts_alone: bool)
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_Piece]]) -> Iterator[Encoded]:
     lead = _lead(tokenizer)
     texts = [(lead if piece.joins else "") + piece.text for pieces in rows for piece in pieces if not piece.marker]
-    num_lead = len(_encode_texts(tokenizer, [lead])[0])
+    (lead_ids,) = _encode_texts(tokenizer, [lead])
     encoded = iter(_encode_texts(tokenizer, texts))
     for pieces in rows:
         ids: list[int] = []
@@ -253,7 +258,14 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_
             if piece.marker:
                 new = [tokenizer.convert_tokens_to_ids(piece.text)]
             else:
-                new = next(encoded)[num_lead if piece.joins else 0 :]
+                new = next(encoded)
+                if piece.joins:
+                    if new[: len(lead_ids)] != lead_ids:
+                        raise DataError(
+                            f"the tokenizer does not encode {piece.text[:40]!r} apart from the text before it; use a"
+                            " tokenizer with byte-level or sentence-piece tokens, or another template."
+                        )
+                    new = new[len(lead_ids) :]
             ids += new
             trained += [piece.trained] * len(new)
         yield np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool)
@@ -261,8 +273,8 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_
 
 def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
     """What to encode before a piece that continues a text, for tokenizers that begin every text with a space."""
-    line_feed, letter, both = _encode_texts(tokenizer, ["\n", "A", "\nA"])
-    return "\n" if both != line_feed + letter and both[: len(line_feed)] == line_feed else ""
+    null, letter, both = _encode_texts(tokenizer, ["\0", "A", "\0A"])
+    return "\0" if both != null + letter and null and both[: len(null)] == null else ""
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
