@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -160,12 +160,12 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 class _Piece(NamedTuple):
-    """Text to be encoded by itself, or a special token (`marker`); `joins` tells that ordinary text precedes it."""
+    """Text to be encoded by itself, or a special token (`marker`); `behind` is what precedes it."""
 
     text: str
     trained: bool
     marker: bool
-    joins: bool
+    behind: Literal["nothing", "marker", "text"]
 
 
 def _encode(
@@ -229,15 +229,20 @@ def _pieces(parts: Sequence[Part], reserved: re.Pattern[str], parts_alone: bool)
     def cut(trained: bool) -> None:
         nonlocal text
         if text:
-            pieces.append(_Piece(text, trained, False, bool(pieces) and not pieces[-1].marker))
+            add(text, trained, marker=False)
         text = ""
+
+    def add(text: str, trained: bool, marker: bool) -> None:
+        pieces.append(
+            _Piece(text, trained, marker, ("marker" if pieces[-1].marker else "text") if pieces else "nothing")
+        )
 
     for index, part in enumerate(parts):
         position = 0
         for match in () if part.content else reserved.finditer(part.text):
             text += part.text[position : match.start()]
             cut(part.trained)
-            pieces.append(_Piece(match.group(), part.trained, True, False))
+            add(match.group(), part.trained, marker=True)
             position = match.end()
         text += part.text[position:]
         if parts_alone or index + 1 == len(parts) or parts[index + 1].trained != part.trained:
@@ -246,8 +251,10 @@ def _pieces(parts: Sequence[Part], reserved: re.Pattern[str], parts_alone: bool)
 
 
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_Piece]]) -> Iterator[Encoded]:
-    lead = _lead(tokenizer)
-    texts = [(lead if piece.joins else "") + piece.text for pieces in rows for piece in pieces if not piece.marker]
+    lead, led = _lead(tokenizer)
+    texts = [
+        (lead if piece.behind in led else "") + piece.text for pieces in rows for piece in pieces if not piece.marker
+    ]
     (lead_ids,) = _encode_texts(tokenizer, [lead])
     encoded = iter(_encode_texts(tokenizer, texts))
     for pieces in rows:
@@ -259,7 +266,7 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_
                 new = [tokenizer.convert_tokens_to_ids(piece.text)]
             else:
                 new = next(encoded)
-                if piece.joins:
+                if piece.behind in led:
                     if new[: len(lead_ids)] != lead_ids:
                         raise DataError(
                             f"the tokenizer does not encode {piece.text[:40]!r} apart from the text before it; use a"
@@ -271,10 +278,14 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_
         yield np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool)
 
 
-def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to encode before a piece that continues a text, for tokenizers that begin every text with a space."""
+def _lead(tokenizer: PreTrainedTokenizerBase) -> tuple[str, set[str]]:
+    """What to encode before a piece that does not begin a text, and behind what, for tokenizers that put a space
+    before every text (and some before all that follows a special token)."""
     null, letter, both = _encode_texts(tokenizer, ["\0", "A", "\0A"])
-    return "\0" if both != null + letter and null and both[: len(null)] == null else ""
+    if both == null + letter or not null or both[: len(null)] != null:
+        return "", set()
+    behind_marker = tokenizer(f"{tokenizer.eos_token}A", add_special_tokens=False)["input_ids"][1:]
+    return "\0", {"text"} if behind_marker == letter else {"text", "marker"}
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

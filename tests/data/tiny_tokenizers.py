@@ -36,9 +36,10 @@ def byte_level(texts=TEXTS, bos=False, vocab_size=420):
     return _wrapped(backend, bos_token="<s>") if bos else _wrapped(backend)
 
 
-def sentence_piece():
-    """LLaMA's kind: spaces are letters, one is put before every text, bytes where there is no letter."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+def sentence_piece(legacy=True):
+    """LLaMA's kind: spaces are letters, one is put before every text, bytes where there is no letter; the older kind
+    puts one behind every special token as well."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -50,6 +51,9 @@ def sentence_piece():
     state = json.loads(backend.to_str())
     state["added_tokens"] = state["added_tokens"][:3]
     backend = Tokenizer.from_str(json.dumps(state))
+    if not legacy:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -86,5 +90,6 @@ KINDS = {
     "byte_level": cache(byte_level),
     "bos": cache(lambda: byte_level(bos=True)),
     "sentence_piece": cache(sentence_piece),
+    "sentence_piece_first": cache(lambda: sentence_piece(legacy=False)),
     **({"codeshell": codeshell} if REAL.is_dir() else {}),
 }
