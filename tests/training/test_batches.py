@@ -4,6 +4,7 @@ import torch
 
 from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.errors import DataError
+from shellv_core.templates import TEMPLATES
 from shellv_core.training.batches import batch_images, count_label_tokens, make_batch, plan_epoch, steps_per_epoch
 from shellv_core.training.examples import Ragged, image_bytes, tokenize_samples
 from tests.training.tiny import tiny_model, tiny_samples
@@ -51,6 +52,14 @@ def test_examples_number_conversations_and_images(examples):
     assert examples.image_index.tolist() == [*np.repeat(np.arange(8), 2), -1]
     assert examples.captions.lengths[4] == 0
     assert np.diff(examples.hallucinated_offsets).tolist() == [2, 1, 2, 1, 0, 1, 2, 1]
+
+
+def test_examples_follow_the_template(processor):
+    ids = processor.tokenizer, processor.image_token_id
+    shellv = tokenize_samples(tiny_samples(), *ids, 4, 400, template=TEMPLATES["shellv"])
+    text = processor.tokenizer.decode(shellv.input_ids.values[: shellv.input_ids.offsets[1]])
+    assert text.startswith("## system:You are a helpful assistant.")
+    assert "</s>## huaman:<image><image><image><image>\n" in text
 
 
 def test_batch_holds_what_its_rows_hold(processor, examples):
