@@ -166,9 +166,14 @@ class Template:
         return source
 
     def seams(self) -> re.Pattern[str] | None:
-        """What parts the template's texts in a prompt, where they are encoded alone; None where they are not."""
+        """Splits a prompt's template text where tokens may not reach across; None where none can.
+
+        That is around every text of the template where parts are encoded alone; else before an answer, which a token
+        reaches into only where no space leads it.
+        """
         if not self.parts_alone:
-            return None
+            leads = self.assistant_open and not self.answer_open
+            return re.compile(f"(?<={re.escape(self.assistant_open)})") if leads else None
         texts = {self.user_open, self.user_close, self.assistant_open, self.answer_open, self.end} - {""}
         return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
 

@@ -113,7 +113,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: Tem
     starts_itself = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
     seams = template.bound(tokenizer).seams()
     ids: list[int]
-    if seams is None:
+    if not template.parts_alone or seams is None:
         ids = tokenizer(prompt, add_special_tokens=not starts_itself)["input_ids"]
         return ids
     parts = [Part(text) for text in seams.split(prompt) if text]
