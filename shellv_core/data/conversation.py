@@ -10,6 +10,8 @@ in one call. It is tokenized piece by piece instead, in a second call, where
   dropped;
 - the template's origin encodes each part alone (`Template.parts_alone`).
 
+A character that a tokenizer has no tokens for (most control characters, with CodeShell's) is left out by the tokenizer.
+
 What LLaVA and Shell-V train is followed but for these corrections:
 
 - a literal ``</s>`` or ``<|endoftext|>`` in a turn is text; upstream takes it for the end of a round and masks the

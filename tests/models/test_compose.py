@@ -12,7 +12,8 @@ from shellv_core.config import build_config
 from shellv_core.errors import ConfigError, ModelError
 from shellv_core.models.compose import build_model, calibrate_vision_tower, load_model, save_model
 from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
-from shellv_core.templates import TEMPLATES, template_of
+from shellv_core.templates import IMAGE_TOKEN, TEMPLATES, special_tokens, template_of
+from tests.data.tiny_tokenizers import REAL
 from tests.training.tiny import CLIP, EFFICIENTNET, LANGUAGE_MODEL, tiny_model, tiny_model_config
 
 FILES = {
@@ -279,3 +280,19 @@ def test_model_answers_in_a_process_without_this_project(tmp_path, vision_tower)
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == expected.tolist()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no tokenizer of CodeShell beside the project")
+@pytest.mark.parametrize("name", ["shellv", "chatml"])
+def test_pretrained_tokenizer_gets_the_templates_tokens_and_keeps_its_own(tmp_path, name):
+    config = tiny_model_config().model_copy(
+        update={"template": name, "tokenizer": TokenizerConfig(pretrained=str(REAL))}
+    )
+    model, processor = build_model(config, seed=0)
+    save_model(model, processor, tmp_path)
+    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
+    added = (IMAGE_TOKEN, *TEMPLATES[name].special_tokens)
+    assert tokenizer.convert_tokens_to_ids(list(added)) == list(range(70020, 70020 + len(added)))
+    assert special_tokens(tokenizer) >= {*added, "<|endoftext|>", "<fim_pad>", "<|end|>"}
+    assert model.config.image_token_id == 70020
+    assert len(model.get_input_embeddings().weight) == 70020 + len(added)
