@@ -60,6 +60,7 @@ class Sample:
         hallucinated_captions: False sentences about it.
         objects: What is in the image, where that is known.
         source: Where the row comes from.
+        image_source: What that source calls the image.
     """
 
     key: str
@@ -73,6 +74,13 @@ class Sample:
     caption: str | None = None
     hallucinated_captions: tuple[HallucinatedCaption, ...] = ()
     objects: tuple[SampleObject, ...] = ()
+    image_source: str | None = None
+
+    @property
+    def num_words(self) -> int:
+        """White-space separated words in all conversations."""
+        every = (self.conversations, *self.more_conversations)
+        return sum(len(turn["value"].split()) for conversation in every for turn in conversation)
 
     @property
     def image_name(self) -> str | None:
@@ -91,6 +99,7 @@ class Sample:
             "hallucinated_captions": [asdict(item) for item in self.hallucinated_captions],
             "objects": [asdict(item) for item in self.objects],
             "source": self.source,
+            "image_source": self.image_source,
         }
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -124,4 +133,5 @@ class Sample:
             caption=record["caption"],
             hallucinated_captions=tuple(HallucinatedCaption(**item) for item in record["hallucinated_captions"]),
             objects=tuple(SampleObject(**item) for item in record["objects"]),
+            image_source=record.get("image_source"),
         )

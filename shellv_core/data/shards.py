@@ -5,14 +5,20 @@ Plain webdataset reads the same tars. This reader verifies them first and never 
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
+from shellv_core.data.index import IndexRow
 from shellv_core.data.samples import Sample
 from shellv_core.errors import DataError
 from shellv_core.storage import FileEntry, InputDirectory, OutputDirectory
+
+HEADER_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,95 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}/{split}-{number:06d}.tar"
 
 
+class ShardWriter:
+    """Writes one tar with webdataset's writer, and its index and SHA-256 on the way; equal samples give equal bytes.
+
+    Use it as a context manager; `rows` and `sha256` are complete after it.
+
+    Args:
+        path: a local file, overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[IndexRow] = []
+        self.sha256 = ""
+
+    def __enter__(self) -> ShardWriter:
+        from webdataset import TarWriter
+
+        self._file = self.path.open("wb")
+        # A fixed mtime makes the tar reproducible, and spares the extra header that a fractional one costs.
+        self._writer = TarWriter(self._file, encoder=False, mtime=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        self._file.close()
+        if kind is None and self.rows:
+            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self.sha256 = hashlib.sha256(data).hexdigest()
+                view = memoryview(data)
+                spans = (view[row.offset : row.offset + row.size] for row in self.rows)
+                self.rows = [
+                    replace(row, sha256=hashlib.sha256(span).digest())
+                    for row, span in zip(self.rows, spans, strict=True)
+                ]
+                view.release()
+
+    def write(
+        self, sample: Sample, row: int = 0, size: tuple[int, int] = (0, 0), num_tokens: tuple[int, ...] = ()
+    ) -> None:
+        """Append a sample.
+
+        Args:
+            sample: its key must differ from the others'.
+            row: position of the sample in its source.
+            size: width and height of its image in pixels.
+            num_tokens: see `IndexRow`.
+        """
+        record = sample.to_json()
+        members = {"json": record}
+        if sample.image is not None:
+            members[sample.image_format] = sample.image
+        offset = self._writer.tarstream.offset
+        self._writer.write({"__key__": sample.key, **members})
+        end = self._writer.tarstream.offset
+        # The writer sorts the members by name: jpg, json, png.
+        positions, position = {}, 0
+        for name in sorted(members):
+            positions[name] = position + HEADER_BYTES
+            position += HEADER_BYTES + -(-len(members[name]) // HEADER_BYTES) * HEADER_BYTES
+        if position != end - offset:
+            raise DataError(f"sample key {sample.key!r} is too long for a tar header; use at most 90 characters.")
+        image = sample.image or b""
+        self.rows.append(
+            IndexRow(
+                key=sample.key,
+                source=sample.source,
+                row=row,
+                image_source=sample.image_source or "",
+                offset=offset,
+                size=end - offset,
+                json_offset=positions["json"],
+                json_size=len(record),
+                image_offset=positions[sample.image_format] if image else 0,
+                image_size=len(image),
+                image_format=sample.image_format if image else "",
+                width=size[0],
+                height=size[1],
+                sha256=b"",
+                image_sha256=hashlib.sha256(image).digest() if image else b"",
+                num_conversations=1 + len(sample.more_conversations),
+                num_hallucinated=len(sample.hallucinated_captions),
+                num_words=sample.num_words,
+                num_tokens=num_tokens,
+            )
+        )
+
+
 def write_shard(samples: Iterable[Sample], output: OutputDirectory, name: str, work: Path) -> Shard:
     """Write samples as one shard; equal samples give equal bytes.
 
@@ -44,20 +139,12 @@ def write_shard(samples: Iterable[Sample], output: OutputDirectory, name: str, w
         name: The shard's name there.
         work: A local folder for the unfinished tar.
     """
-    from webdataset import TarWriter
-
     work.mkdir(parents=True, exist_ok=True)
     path = work / "unfinished.tar"
-    number = 0
-    # A fixed mtime makes the tar reproducible.
-    with TarWriter(str(path), encoder=False, mtime=0) as writer:
-        for sample in samples:
-            members = {"__key__": sample.key, "json": sample.to_json()}
-            if sample.image is not None:
-                members[sample.image_format] = sample.image
-            writer.write(members)
-            number += 1
-    shard = Shard.of(output.put_file(path, name), number)
+    with ShardWriter(path) as writer:
+        for number, sample in enumerate(samples):
+            writer.write(sample, number)
+    shard = Shard.of(output.put_file(path, name), len(writer.rows))
     path.unlink()
     return shard
 

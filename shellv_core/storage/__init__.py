@@ -19,13 +19,14 @@ from shellv_core.storage.directories import (
     sha256_of,
 )
 from shellv_core.storage.home import home
-from shellv_core.storage.stores import join, local_path, open_store
+from shellv_core.storage.stores import ObjectStatus, join, local_path, open_store
 
 __all__ = [
     "FileEntry",
     "InputDirectory",
     "InputReference",
     "Manifest",
+    "ObjectStatus",
     "OutputDirectory",
     "check_access",
     "delete_prefix",
@@ -40,6 +41,7 @@ __all__ = [
     "read_manifest",
     "read_range",
     "sha256_of",
+    "status",
     "upload",
     "write_bytes",
 ]
@@ -78,6 +80,11 @@ def download(uri: str, path: Path) -> None:
 def exists(uri: str) -> bool:
     """Whether there is an object at `uri`."""
     return open_store(uri).exists(uri)
+
+
+def status(uri: str) -> ObjectStatus:
+    """Size and version of an object."""
+    return open_store(uri).status(uri)
 
 
 def list_uris(prefix_uri: str) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -25,6 +26,14 @@ from shellv_core.errors import (
     StorageError,
     StorageUnreachableError,
 )
+
+
+@dataclass(frozen=True)
+class ObjectStatus:
+    """Size of an object, and a text that changes when its content does (ETag, or size and modification time)."""
+
+    bytes: int
+    version: str
 
 
 class Store(Protocol):
@@ -50,6 +59,9 @@ class Store(Protocol):
 
     def exists(self, uri: str) -> bool:
         """Whether there is an object at `uri`."""
+
+    def status(self, uri: str) -> ObjectStatus:
+        """Size and version of an object."""
 
     def list_uris(self, prefix_uri: str, limit: int | None = None) -> list[str]:
         """Addresses of all objects below `prefix_uri`, or of the first `limit`."""
@@ -111,6 +123,11 @@ class FileStore:
 
     def exists(self, uri: str) -> bool:
         return _path(uri).is_file()
+
+    def status(self, uri: str) -> ObjectStatus:
+        with _file_errors(uri):
+            found = _path(uri).stat()
+            return ObjectStatus(found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
 
     def list_uris(self, prefix_uri: str, limit: int | None = None) -> list[str]:
         root = _path(prefix_uri)
@@ -194,6 +211,11 @@ class S3Store:
         except ObjectNotFoundError:
             return False
         return True
+
+    def status(self, uri: str) -> ObjectStatus:
+        with self._errors(uri):
+            found = self._client.head_object(Bucket=_bucket(uri), Key=_key(uri))
+            return ObjectStatus(found["ContentLength"], found["ETag"].strip('"'))
 
     def list_uris(self, prefix_uri: str, limit: int | None = None) -> list[str]:
         bucket, prefix = _bucket(prefix_uri), _key(prefix_uri).rstrip("/") + "/"

@@ -121,3 +121,14 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
     finally:
         time.sleep(0.01)
         sink.close()
+
+
+def test_a_version_follows_the_content(store_uri: str) -> None:
+    storage.write_bytes(f"{store_uri}/a", b"one")
+    first = storage.status(f"{store_uri}/a")
+    assert (first.bytes, first) == (3, storage.status(f"{store_uri}/a"))
+    storage.write_bytes(f"{store_uri}/a", b"two!")
+    assert storage.status(f"{store_uri}/a").bytes == 4
+    assert storage.status(f"{store_uri}/a").version != first.version
+    with pytest.raises(ObjectNotFoundError):
+        storage.status(f"{store_uri}/none")
