@@ -12,11 +12,11 @@ from typing import Any, Literal
 import orjson
 
 from shellv_core.errors import DataError
+from shellv_core.templates import IMAGE_TOKEN as IMAGE_TOKEN
 
 Turn = dict[str, str]  # {"from": "human" | "gpt", "value": text}
 Conversation = list[Turn]
 
-IMAGE_TOKEN = "<image>"  # noqa: S105
 HallucinationType = Literal["object", "attribute", "relation", "event", "unspecified"]
 HALLUCINATION_TYPES: tuple[HallucinationType, ...] = ("object", "attribute", "relation", "event")
 

@@ -130,6 +130,7 @@ def shellv_7b() -> Preset:
                 ),
                 language_model=LanguageModelConfig(pretrained="WisdomShell/Shell-7B"),
                 tokenizer=TokenizerConfig(pretrained="WisdomShell/Shell-7B"),
+                template="shellv",
             ),
             training=common,
         ),
