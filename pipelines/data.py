@@ -33,12 +33,9 @@ def shellv_data(
     planned = place.connect(plan_data(**settings, num_ranges=num_ranges))
     # It looks at the world outside its inputs, so a cached answer may be stale.
     planned.set_caching_options(False).set_display_name("plan data")
-    stamp = planned.outputs["content_stamp"]
-    with dsl.ParallelFor(planned.outputs["ranges"], name="shards") as units:
-        written = place.connect(write_data(**settings, content_stamp=stamp, units=units))
+    with dsl.ParallelFor(planned.output, name="shards") as units:
+        written = place.connect(write_data(**settings, units=units))
         place.retry(written).set_caching_options(False).set_display_name("write shards")
-    joined = place.connect(
-        prepare_data(**settings, content_stamp=stamp, written=dsl.Collected(written.outputs["Output"]))
-    )
+    joined = place.connect(prepare_data(**settings, written=dsl.Collected(written.output)))
     joined.set_caching_options(False).set_display_name("join and commit")
     return joined.outputs["Output"]

@@ -1,7 +1,5 @@
 """Image-text data as verified WebDataset shards: in one task, or planned by one and written by many."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from components.images import image
@@ -14,7 +12,6 @@ def prepare_data(
     overrides: list[str],
     dataset: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
-    content_stamp: str = "",
     written: list[str] = [],  # noqa: B006 - kfp reads the literal
 ) -> str:
     """Make verified WebDataset shards and benchmarks from scenes or image-text data of many formats.
@@ -23,8 +20,7 @@ def prepare_data(
         root_uri: Folder below which the output goes, s3:// or file://.
         preset: Settings to start from.
         overrides: Single settings that differ, as STAGE.key=value.
-        content_stamp: What plan_data returned, where other tasks have written the shards.
-        written: What these tasks returned; only so that they come first.
+        written: What write_data returned, where such tasks have written the shards before.
 
     Returns:
         Output: URI of the shards, benchmarks and manifest.
@@ -35,7 +31,7 @@ def prepare_data(
     from shellv_core.stages.presets import stage_config
 
     setup_logging()
-    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}", "content_stamp": content_stamp}
+    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}", "content_stamp": "".join(written[:1])}
     result = prepare_data.run(stage_config(preset, "prepare_data", overrides, **values))
     write_reference(result, dataset)
     write_metrics(result, metrics)
@@ -43,9 +39,7 @@ def prepare_data(
 
 
 @dsl.component(base_image=image("control"), install_kfp_package=False)
-def plan_data(
-    root_uri: str, preset: str, overrides: list[str], num_ranges: int
-) -> NamedTuple("DataPlan", [("content_stamp", str), ("ranges", list)]):  # type: ignore[valid-type]  # fmt: skip
+def plan_data(root_uri: str, preset: str, overrides: list[str], num_ranges: int) -> list:
     """Pass over the sources once and cut the work of writing shards into ranges.
 
     Args:
@@ -55,8 +49,7 @@ def plan_data(
         num_ranges: Tasks that will write, at most.
 
     Returns:
-        content_stamp: Identifies what the sources hold.
-        ranges: One string for each writing task.
+        Output: One string for each writing task; none where the output is there already.
     """
     from shellv_core.logs import setup_logging
     from shellv_core.stages import prepare_data
@@ -64,29 +57,26 @@ def plan_data(
 
     setup_logging()
     values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}"}
-    plan = prepare_data.plan(stage_config(preset, "prepare_data", overrides, **values), num_ranges)
-    return plan.content_stamp, plan.ranges
+    return prepare_data.plan(stage_config(preset, "prepare_data", overrides, **values), num_ranges).ranges
 
 
 @dsl.component(base_image=image("control"), install_kfp_package=False)
-def write_data(root_uri: str, preset: str, overrides: list[str], content_stamp: str, units: str) -> str:
+def write_data(root_uri: str, preset: str, overrides: list[str], units: str) -> str:
     """Write the shards of one range of units.
 
     Args:
         root_uri: Folder below which the output goes, s3:// or file://.
         preset: Settings to start from.
         overrides: Single settings that differ, as STAGE.key=value.
-        content_stamp: What plan_data returned.
         units: One of the ranges that plan_data returned.
 
     Returns:
-        Output: The range.
+        Output: The content stamp that the range was planned with.
     """
     from shellv_core.logs import setup_logging
     from shellv_core.stages import prepare_data
     from shellv_core.stages.presets import stage_config
 
     setup_logging()
-    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}", "content_stamp": content_stamp}
-    prepare_data.write(stage_config(preset, "prepare_data", overrides, **values), units)
-    return units
+    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}"}
+    return prepare_data.write(stage_config(preset, "prepare_data", overrides, **values), units)

@@ -213,7 +213,7 @@ def finish(settings: DataConfig, seed: int, plan: Plan, output: OutputDirectory,
         "splits": {
             split: {"num_samples": numbers[split], "shards": shards[split]} for split in SPLITS if shards[split]
         },
-        "num_rows": plan.num_rows,
+        "num_rows": dict(sorted(plan.num_rows.items())),
         "rejected": [row.__dict__ for row in rejected[:_LISTED_ROWS]],
         "rejected_counts": dict(sorted(Counter(row.reason for row in rejected).items())),
     }

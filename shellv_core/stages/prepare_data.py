@@ -10,6 +10,7 @@ ends it: it finds every unit written, joins and commits. The result is the same 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -63,8 +64,8 @@ class DataPlan(Config):
 
     Attributes:
         output_uri: where the output goes, its fingerprint filled in.
-        content_stamp: for the settings of `write` and `run`.
-        ranges: "FIRST:STOP" of units, for `write`; empty if the output is there already.
+        content_stamp: for the settings of `run`.
+        ranges: "FIRST:STOP of STAMP", units for `write`; empty if the output is there already.
     """
 
     output_uri: str
@@ -107,34 +108,35 @@ def plan(config: PrepareDataConfig, num_ranges: int) -> DataPlan:
     ranges: list[str] = []
     if output.finished() is None:
         output.begin()
-        ranges = [f"{first}:{stop}" for first, stop in _plan_at(output, found).ranges(num_ranges)]
+        parts = _plan_at(output, found).ranges(num_ranges)
+        ranges = [f"{first}:{stop} of {config.content_stamp}" for first, stop in parts]
     return DataPlan(output_uri=output.uri, content_stamp=config.content_stamp, ranges=ranges)
 
 
-def write(config: PrepareDataConfig, units: str) -> None:
-    """Write a range of units ("FIRST:STOP", as `plan` returned it) to the output that `plan` took.
+def write(config: PrepareDataConfig, units: str) -> str:
+    """Write a range of units, as `plan` returned it, to the output that `plan` took; returns its content stamp.
 
     Raises:
-        ConfigError: if `config` has no ``content_stamp`` or `units` is no such range.
-        DataError: if more rows are bad than allowed; nothing is left at the output then.
+        ConfigError: if `units` is no such range.
+        DataError: if there is no such plan, or more rows are bad than allowed; nothing is left at the output then.
     """
     from shellv_core.data.preparation import write_units
     from shellv_core.errors import ConfigError
 
-    if not config.content_stamp:
-        raise ConfigError("content_stamp is required here; give the one that the plan returned.")
+    form = re.fullmatch(r"(\d+):(\d+) of ([0-9a-f]{64})", units)
+    if not form:
+        raise ConfigError(f"units={units!r} is not FIRST:STOP of STAMP; give a range that the plan returned.")
+    first, stop, stamp = int(form[1]), int(form[2]), form[3]
+    config = config.model_copy(update={"content_stamp": stamp})
     output, _ = open_stage("prepare_data", config, {}, CODE)
     if output.finished() is not None:
-        return
+        return stamp
     with aborting(output):
         output.begin()
         plan = _plan_at(output, None)
-        first, _, stop = units.partition(":")
-        if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop) <= len(plan.units)):
-            raise ConfigError(f"units={units!r} is not FIRST:STOP with 0 <= FIRST < STOP <= {len(plan.units)}.")
-        chosen = plan.units[int(first) : int(stop)]
         work = work_folder("prepare_data", output)
-        write_units(config, config.seed, plan, output, work, chosen, config.num_workers)
+        write_units(config, config.seed, plan, output, work, plan.units[first:stop], config.num_workers)
+    return stamp
 
 
 def _stamped(config: PrepareDataConfig) -> tuple[PrepareDataConfig, Plan | None]:
