@@ -203,9 +203,8 @@ def arrow(folder: Path, images: dict[str, bytes]) -> SourceConfig:
         {"image": pa.struct(kinds.items()), "caption": pa.list_(pa.string()), "conversations": pa.string()}.items()
     )
     table = pa.Table.from_pylist(rows, schema=schema)
-    with pa.OSFile(str(folder / "set" / "data-00000-of-00001.arrow"), "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(table, max_chunksize=4)
+    with pa.ipc.new_stream(str(folder / "set" / "data-00000-of-00001.arrow"), schema) as writer:
+        writer.write_table(table, max_chunksize=4)
     (folder / "set" / "state.json").write_text("{}")
     (folder / "set" / "cache-1234.arrow").write_bytes(b"indices")
     return ParquetSource(files=str(folder / "set"), images=str(folder / "images"))
@@ -228,8 +227,7 @@ def web_dataset(folder: Path, images: dict[str, bytes]) -> SourceConfig:
 
 
 FORMATS: dict[str, Callable[[Path, dict[str, bytes]], SourceConfig]] = {
-    each.__name__: each
-    for each in (llava_list, llava_lines, hal_eval, coco, tsv, folder, parquet, arrow, web_dataset)
+    each.__name__: each for each in (llava_list, llava_lines, hal_eval, coco, tsv, folder, parquet, arrow, web_dataset)
 }
 
 

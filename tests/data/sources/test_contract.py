@@ -100,7 +100,9 @@ def test_the_same_from_s3(made: SourceConfig, bucket_uri: str) -> None:
     assert faults(there, "x") == []
 
     def told(config: SourceConfig) -> list[tuple[object, ...]]:
-        return [(each.key, each.id, each.conversations, each.image, each.objects) for each in read_all(open_source(config))]
+        return [
+            (each.key, each.id, each.conversations, each.image, each.objects) for each in read_all(open_source(config))
+        ]
 
     assert told(there) == told(made)
 
@@ -112,7 +114,7 @@ def test_missing_addresses_are_all_named(made: SourceConfig, bucket_uri: str) ->
     assert len(found) == len(gone) > 0
     for fault, (name, value) in zip(found, gone.items(), strict=True):
         assert f"data.{name}={value!r}" in fault
-    remote = faults(made.model_copy(update={name: "s3://no-such-bucket/x/y.zip" for name in gone}), "data")
+    remote = faults(made.model_copy(update=dict.fromkeys(gone, "s3://no-such-bucket/x/y.zip")), "data")
     assert len(remote) == len(gone)
 
 

@@ -162,7 +162,7 @@ def test_damaged_members_of_a_zip_are_bad_rows(tmp_path: Path) -> None:
         data[45] ^= 0xFF
         path.write_bytes(data)
         images = open_images(str(path))
-        with pytest.raises(BadRowError, match="its checksum in .* differs") as error:
+        with pytest.raises(BadRowError, match=r"its checksum in .* differs") as error:
             images.read("a.jpg")
         assert error.value.reason == "image truncated or corrupt"
         assert images.read("b.jpg") == b"whole"

@@ -61,7 +61,9 @@ JSON = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(JSON, max_size=8), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans(), size=st.integers(1, 40))
+@given(
+    rows=st.lists(JSON, max_size=8), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans(), size=st.integers(1, 40)
+)
 def test_any_list_comes_back(
     rows: list[Any], indent: int | None, ascii: bool, size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -96,8 +98,8 @@ def test_a_damaged_file_is_an_error(data: bytes, match: str, tmp_path: Path) -> 
     path.write_bytes(data)
     with pytest.raises(DataError, match=match):
         list(iterate_rows(path))
-    with pytest.raises(DataError, match="https://x is damaged|https://x begins|https://x goes"):
-        list(iterate_rows(path, name="https://x"))
+    with pytest.raises(DataError, match=r"rows is damaged|rows begins|rows goes"):
+        list(iterate_rows(path, name="rows"))
 
 
 def test_a_row_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +108,7 @@ def test_a_row_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch:
     path.write_bytes(b'["never ending' + b" text" * 4_000_000)
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="row 0: Unterminated string .* longer than"):
+        with pytest.raises(DataError, match=r"row 0: Unterminated string .* longer than"):
             list(iterate_rows(path))
         assert tracemalloc.get_traced_memory()[1] < 40e6
     finally:

@@ -134,7 +134,11 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": 
         (row(conversations=None, caption="An <image>."), "not exactly one image token", "in the caption"),
         (row(caption=3), "caption is not a text", "3"),
         (row(hallucinated_captions="x"), "hallucinated captions are not [{type, text}]", "x"),
-        (row(hallucinated_captions=[{"type": "lie", "text": "x"}]), "hallucinated captions are not [{type, text}]", "lie"),
+        (
+            row(hallucinated_captions=[{"type": "lie", "text": "x"}]),
+            "hallucinated captions are not [{type, text}]",
+            "lie",
+        ),
         (row(hallucinated_captions=[{"type": "event"}]), "hallucinated captions are not [{type, text}]", "event"),
         (row(**{"Hallucination caption": 4}), "hallucinated captions are not [{type, text}]", "4"),
     ],
