@@ -1,7 +1,7 @@
 """Settings of the sources of rows, one class a format.
 
 Every address is a local path, a ``file://`` or an ``s3://`` URI. Annotations may end in ``.gz``. Images lie in a
-folder, below an ``s3://`` prefix, or in a ``.zip`` or uncompressed ``.tar`` on either (``photos.zip/train`` is the archive's
+folder, below an ``s3://`` prefix, or in a ``.zip`` or uncompressed ``.tar`` on either (``photos.zip/train`` is its
 folder ``train``).
 """
 

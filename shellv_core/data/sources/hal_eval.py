@@ -24,7 +24,7 @@ TYPES: Mapping[str, HallucinationType] = {
 class HalEvalRows(JsonSource):
     """Rows of Hal-Eval.
 
-    A lie that is empty or equals the caption is no lie and is left out (2 and some of 20,000); its row stays.
+    A lie that is empty or equals the caption is no lie and is left out (2 of the 40,000 published); its row stays.
     """
 
     def __init__(self, config: HalEvalSource) -> None:

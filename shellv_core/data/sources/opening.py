@@ -19,7 +19,7 @@ from shellv_core.data.sources.images import archive_of
 from shellv_core.errors import ShellVError
 from shellv_core.storage import check_access, status
 
-_ADDRESSES = ("annotations", "captions", "instances", "images", "folder", "files", "tars")
+_ADDRESSES = frozenset({"annotations", "captions", "instances", "images", "folder", "files", "tars"})
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -73,9 +73,9 @@ def faults(config: SourceConfig, where: str) -> list[str]:
         where: its key in the stage's settings, for example "llava".
     """
     found = []
-    for name in _ADDRESSES:
-        address: Any = getattr(config, name, None)
-        if address is not None:
+    for name in type(config).model_fields:
+        address: Any = getattr(config, name)
+        if name in _ADDRESSES and address is not None:
             problem = _fault(name, address)
             found += [f"{where}.{name}={address!r}{problem}"] if problem else []
     return found

@@ -40,7 +40,7 @@ def tar_members(blob: Blob, start: int = 0) -> Iterator[tuple[tarfile.TarInfo, B
                 end = tar.offset
         except (tarfile.TarError, ValueError) as error:
             raise DataError(
-                f"{blob.address} is not a whole, uncompressed tar ({error}). Unpack it if compressed, or fetch it again."
+                f"{blob.address} is no whole, uncompressed tar ({error}). Unpack a compressed one, or fetch it anew."
             ) from None
         _check_end(blob, file, end)
 

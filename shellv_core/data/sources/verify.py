@@ -43,7 +43,7 @@ def _jpeg(name: str, data: bytes) -> tuple[ImageFormat, int, int]:
 
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):
         return _by_pil(name, data)  # an unusual sampling of the colors, or no JPEG behind the first bytes
     _check_size(name, width, height)
     try:
