@@ -26,6 +26,7 @@ STAGE_HELP = {
     "deploy": "serve the champion and ask it one question",
 }
 COMMANDS = {
+    "data": ("count, show or verify a data set", "shellv_core.data.data_command"),
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),

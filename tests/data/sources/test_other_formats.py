@@ -20,6 +20,7 @@ from shellv_core.data.sources.config import (
     WebDatasetSource,
 )
 from shellv_core.data.sources.opening import open_source
+from shellv_core.data.sources.verify import verified_image
 from shellv_core.errors import ConfigError, DataError
 from tests.data.sources.formats import (
     caption,
@@ -341,8 +342,9 @@ def test_this_projects_own_shards_come_back_whole(tmp_path: Path) -> None:
         writer.write(sample)
         writer.write(text)
     source = open_source(WebDatasetSource(tars=str(tmp_path / "shard.tar"), prefix="again"))
+    _, width, height = verified_image("a.jpg", IMAGE)
     assert read_all(source) == [
-        replace(sample, key="again-000000000", source=source.name),
+        replace(sample, key="again-000000000", source=source.name, width=width, height=height),
         replace(text, key="again-000000001", source=source.name),
     ]
 
