@@ -81,6 +81,8 @@ def test_what_is_no_image_is_an_error(data: bytes) -> None:
 def test_normalize_gives_the_dtype_asked_for() -> None:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 4, 4), dtype=np.uint8))
     values = normalize(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.bfloat16)
-    expected = (pixels / 255 - torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1)) / torch.tensor((0.2, 0.3, 0.4)).view(3, 1, 1)
+    expected = (pixels / 255 - torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1)) / torch.tensor((0.2, 0.3, 0.4)).view(
+        3, 1, 1
+    )
     assert values.dtype == torch.bfloat16
     torch.testing.assert_close(values.float(), expected, atol=0.01, rtol=0.01)
