@@ -28,7 +28,6 @@ from shellv_core.errors import (
     StorageUnreachableError,
 )
 
-
 READ_ATTEMPTS = 7
 READ_TIMEOUT_SECONDS = 20.0  # without a byte
 FIRST_DELAY_SECONDS = 0.05

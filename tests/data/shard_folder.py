@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from tests.data.photos import photo_like_jpeg
 
 from shellv_core.data.index import index_name, index_table, write_index
 from shellv_core.data.samples import Conversation, HallucinatedCaption, Sample
 from shellv_core.data.shards import Shard, ShardWriter, shard_name
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
+from tests.data.photos import photo_like_jpeg
 
-WORDS = "a the cat dog bus lamp red green two on under beside looks runs holds street sky who what 猫 街道 🚌".split()
+# fmt: off
+WORDS = [
+    "a", "the", "cat", "dog", "bus", "lamp", "red", "green", "two", "on", "under", "beside", "looks", "runs", "holds",
+    "street", "sky", "who", "what", "猫", "街道", "🚌",
+]
+# fmt: on
 
 
 def shard_folder(

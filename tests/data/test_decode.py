@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.data.photos import SHARED_IMAGES, photo_like_jpeg
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from shellv_core.data.decode import decode_image, normalize, padding_color
 from shellv_core.errors import DataError
+from tests.data.photos import SHARED_IMAGES, photo_like_jpeg
 
 SIZE = 336
 PHOTOS = sorted(SHARED_IMAGES.glob("*.jpg")) if SHARED_IMAGES.is_dir() else []

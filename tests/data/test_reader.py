@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.shard_folder import random_samples, shard_folder
-from tests.storage.faulty_proxy import Faults, FaultyProxy
 
 from shellv_core import storage
 from shellv_core.data.index import index_rows
@@ -16,6 +14,8 @@ from shellv_core.data.shards import read_shards
 from shellv_core.errors import DataError, IntegrityError, ObjectNotFoundError, StorageUnreachableError
 from shellv_core.storage import InputDirectory
 from shellv_core.storage.stores import READ_ATTEMPTS
+from tests.data.shard_folder import random_samples, shard_folder
+from tests.storage.faulty_proxy import Faults, FaultyProxy
 
 SAMPLES = random_samples(150, seed=1)
 SHARD = "train/train-000001.tar"
