@@ -101,14 +101,13 @@ def _chosen(args: argparse.Namespace, source: InputDirectory) -> list[Sample]:
             positions = {key: number for number, key in enumerate(index_column(reader.index_path, "key"))}
             missing = [key for key in args.key if key not in positions]
             if missing:
-                raise ConfigError(
-                    f"the split {args.split!r} of {args.uri} has no sample {missing[0]!r}; {nearest(missing[0], positions)}"
-                )
+                hint = nearest(missing[0], positions)
+                raise ConfigError(f"the split {args.split!r} of {args.uri} has no sample {missing[0]!r}; {hint}")
             return reader.read([positions[key] for key in args.key])
         count = args.count or (60 if args.html else 1)
         if not 0 <= args.start < len(reader) or count < 1:
             raise ConfigError(
-                f"--start={args.start} --count={count}: the split {args.split!r} has the samples 0 to {len(reader) - 1}."
+                f"--start={args.start} --count={count}: the split {args.split!r} has samples 0 to {len(reader) - 1}."
             )
         return reader.read(range(args.start, min(args.start + count, len(reader))))
 

@@ -13,7 +13,7 @@ _THUMBNAIL = 256
 
 
 def render_gallery(source: InputDirectory, split: str, samples: Sequence[Sample]) -> str:
-    """A page that opens offline: a thumbnail a sample, captions, lies with their changed words marked, conversations."""
+    """A page that opens offline: thumbnails, captions, lies with their changed words marked, conversations."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -176,3 +176,21 @@ def index_rows(path: Path) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
+
+
+def index_column(path: Path, name: str) -> list[Any]:
+    """One column of an index file, as Python values in the order of the index."""
+    import pyarrow.parquet as pq
+
+    values: list[Any] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    return values
+
+
+def index_num_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The column `num_tokens`: how many values each sample has, int64 (N,), and all of them in a row, int32."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    column = pq.read_table(path, columns=["num_tokens"]).column("num_tokens")
+    counts = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return counts, pc.list_flatten(column).to_numpy().astype(np.int32)

@@ -5,7 +5,7 @@ The JSON form is the LLaVA row with more keys, so a shard's JSON member is reada
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,3 +143,11 @@ class Sample:
             width=record.get("width", 0),
             height=record.get("height", 0),
         )
+
+
+def sample_conversations(sample: Sample, tasks: Sequence[str] | None = None) -> list[Conversation]:
+    """The conversations of a sample; if `tasks` are given and the sample tells its own, only those of these tasks."""
+    conversations = [sample.conversations, *sample.more_conversations]
+    if tasks is None or not sample.tasks:
+        return conversations
+    return [each for each, task in zip(conversations, sample.tasks, strict=True) if task in tasks]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from shellv_core.data.index import IndexRow
+from shellv_core.data.index import IndexRow, index_name
+from shellv_core.data.reader import SplitReader
 from shellv_core.data.samples import Sample
 from shellv_core.errors import DataError
 from shellv_core.storage import FileEntry, InputDirectory, OutputDirectory
@@ -164,13 +165,26 @@ def write_shard(samples: Iterable[Sample], output: OutputDirectory, name: str, w
 
 
 def read_shards(source: InputDirectory, split: str) -> Iterator[Sample]:
-    """Yield the samples of a split in the order in which they were written.
+    """Yield the samples of a split in the order in which they were written, read ahead and verified.
+
+    Folders made before there was an index are read shard by shard.
 
     Raises:
-        DataError: if there is no such split, or a shard does not hold exactly the samples that the manifest counts.
-        IntegrityError: if a shard's bytes differ from the manifest.
+        DataError: if there is no such split, or it does not hold exactly the samples that the manifest counts.
+        IntegrityError: if a stored sample is damaged, or a whole shard where there is no index.
     """
-    for shard in split_shards(source, split):
+    shards = split_shards(source, split)
+    if source.files(index_name(split)):
+        expected = sum(shard.num_samples for shard in shards)
+        with SplitReader(source, split) as reader:
+            if len(reader) != expected:
+                raise DataError(
+                    f"{source.uri}: the index of {split!r} has {len(reader)} samples, the manifest says {expected};"
+                    " make the data again with prepare_data."
+                )
+            yield from reader.samples()
+        return
+    for shard in shards:
         number = 0
         for sample in _read_tar(source.fetch(shard.name)):
             yield sample

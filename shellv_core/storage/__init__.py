@@ -60,7 +60,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """`size` bytes of an object from `offset`."""
+    """`size` bytes of an object from `offset`; fewer where it ends before."""
     return open_store(uri).read_range(uri, offset, size)
 
 

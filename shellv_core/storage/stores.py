@@ -9,9 +9,11 @@ import contextlib
 import errno
 import functools
 import os
+import random
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +28,16 @@ from shellv_core.errors import (
     StorageError,
     StorageUnreachableError,
 )
+
+READ_ATTEMPTS = 7
+READ_TIMEOUT_SECONDS = 20.0  # without a byte
+FIRST_DELAY_SECONDS = 0.05
+TRANSIENT_STATUSES = (429, 500, 502, 503, 504)
+MAX_CONNECTIONS = 32
+
+
+def _ignore(count: int) -> None:
+    """Take no notice of retries."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,12 @@ class Store(Protocol):
     def read_bytes(self, uri: str) -> bytes:
         """All bytes of an object."""
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
-        """`size` bytes of an object from `offset`; fewer where it ends before."""
+    def read_range(self, uri: str, offset: int, size: int, on_retry: Callable[[int], None] = ...) -> bytes:
+        """`size` bytes of an object from `offset`; fewer where it ends before.
+
+        Args:
+            on_retry: called with how many more requests it took than one, if any.
+        """
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write an object; readers see all of it or nothing."""
@@ -104,10 +120,9 @@ class FileStore:
         with _file_errors(uri):
             return _path(uri).read_bytes()
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
-        with _file_errors(uri), _path(uri).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+    def read_range(self, uri: str, offset: int, size: int, on_retry: Callable[[int], None] = _ignore) -> bytes:
+        with _file_errors(uri), _path(uri).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         with _file_errors(uri), _replacing(_path(uri)) as temporary:
@@ -149,7 +164,7 @@ class S3Store:
         from botocore.config import Config as BotoConfig
         from botocore.exceptions import BotoCoreError
 
-        def client(attempts: int) -> Any:
+        def client(attempts: int, read_timeout: float = 60) -> Any:
             # Not boto3's default session, which keeps the first credentials that it finds for the process's life.
             session = boto3.session.Session()
             return session.client(
@@ -157,7 +172,8 @@ class S3Store:
                 region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
                 config=BotoConfig(
                     connect_timeout=3,
-                    read_timeout=60,
+                    read_timeout=read_timeout,
+                    max_pool_connections=MAX_CONNECTIONS,
                     retries={"mode": "standard", "total_max_attempts": attempts},
                     s3={"addressing_style": "path" if self.endpoint else "auto"},
                     # Several S3-compatible services reject the newer default checksums; manifests carry SHA-256.
@@ -170,6 +186,7 @@ class S3Store:
         try:
             self._impatient_client = client(attempts=2)
             self._client = client(attempts=6)
+            self._reading_client = client(1, READ_TIMEOUT_SECONDS)  # `_read` has its own retries
         except (BotoCoreError, ValueError) as error:
             raise StorageAccessError(
                 f"the S3 settings cannot be used: {error}. Check AWS_PROFILE and AWS_ENDPOINT_URL."
@@ -182,15 +199,41 @@ class S3Store:
             self._impatient_client.head_bucket(Bucket=_bucket(uri))
 
     def read_bytes(self, uri: str) -> bytes:
-        with self._errors(uri):
-            data: bytes = self._client.get_object(Bucket=_bucket(uri), Key=_key(uri))["Body"].read()
-            return data
+        return self._read(uri, _ignore)
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+    def read_range(self, uri: str, offset: int, size: int, on_retry: Callable[[int], None] = _ignore) -> bytes:
+        return self._read(uri, on_retry, Range=f"bytes={offset}-{offset + size - 1}") if size else b""
+
+    def _read(self, uri: str, on_retry: Callable[[int], None], **options: str) -> bytes:
+        """Get an object or a part of it.
+
+        One loop for refused requests and for answers that break off, which botocore's own retries do not cover.
+        """
+        from botocore import exceptions as boto
+
         with self._errors(uri):
-            span = f"bytes={offset}-{offset + size - 1}"
-            data: bytes = self._client.get_object(Bucket=_bucket(uri), Key=_key(uri), Range=span)["Body"].read()
-            return data
+            for attempt in range(1, READ_ATTEMPTS + 1):
+                try:
+                    response = self._reading_client.get_object(Bucket=_bucket(uri), Key=_key(uri), **options)
+                    data: bytes = response["Body"].read()
+                    return data
+                except (
+                    boto.ConnectionError,
+                    boto.HTTPClientError,
+                    boto.IncompleteReadError,
+                    boto.ClientError,
+                ) as error:
+                    if isinstance(error, boto.ClientError):
+                        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                        if status == 416:
+                            return b""  # the range begins behind the object's end
+                        if status not in TRANSIENT_STATUSES:
+                            raise
+                    if attempt == READ_ATTEMPTS:
+                        raise
+                on_retry(1)
+                time.sleep(min(FIRST_DELAY_SECONDS * 2**attempt, 5) * random.uniform(0.5, 1))
+        raise AssertionError("the last attempt returns or raises")
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         with self._errors(uri):
@@ -201,7 +244,9 @@ class S3Store:
             self._client.upload_file(str(path), _bucket(uri), _key(uri), Config=self._transfer)
 
     def download(self, uri: str, path: Path) -> None:
-        with self._errors(uri), _file_errors(path.as_uri()), _replacing(path) as temporary:
+        # Inside out, as some of botocore's errors are OSErrors.
+        with _file_errors(path.as_uri()), _replacing(path) as temporary, self._errors(uri):
+            # boto3 repeats the parts whose body broke off by itself.
             self._client.download_file(_bucket(uri), _key(uri), str(temporary), Config=self._transfer)
 
     def exists(self, uri: str) -> bool:
@@ -231,7 +276,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _errors(self, uri: str) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error, S3UploadFailedError
+        from boto3.exceptions import Boto3Error, RetriesExceededError, S3UploadFailedError
         from botocore import exceptions as boto
 
         where = f"{uri} at {self.endpoint or 'the AWS endpoint'}"
@@ -241,6 +286,11 @@ class S3Store:
             raise StorageAccessError(
                 f"{where}: no usable S3 credentials ({error}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
                 " or use a file:// address."
+            ) from None
+        except (boto.IncompleteReadError, boto.ResponseStreamingError, RetriesExceededError) as error:
+            raise StorageUnreachableError(
+                f"{where}: the answer broke off at every try ({error}). Check the network and that the S3"
+                " service is well, then rerun."
             ) from None
         except (boto.ConnectionError, boto.HTTPClientError) as error:
             raise StorageUnreachableError(
@@ -277,6 +327,11 @@ def _client_error(where: str, uri: str, error: Any) -> StorageError:
         )
     if code in ("InsufficientCapacity", "XMinioStorageFull") or status == 507:
         return DiskFullError(f"{where}: the service has no space left ({code}).")
+    if status in TRANSIENT_STATUSES:
+        return StorageUnreachableError(
+            f"{where}: the S3 service is overloaded or failing ({status} {code}) and was so at every retry. Look at its"
+            " log, or rerun with less load."
+        )
     return StorageError(f"{where}: {error}")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shellv_core.data.conversation import encode_captions, encode_conversations
-from shellv_core.data.samples import Conversation, Sample
+from shellv_core.data.samples import Conversation, Sample, sample_conversations
 from shellv_core.errors import DataError
 from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES, Template
 
@@ -90,14 +90,6 @@ def image_bytes(samples: Iterable[Sample]) -> Iterator[bytes]:
     for sample in samples:
         if sample.image is not None:
             yield sample.image
-
-
-def sample_conversations(sample: Sample, tasks: Sequence[str] | None = None) -> list[Conversation]:
-    """The conversations of a sample; if `tasks` are given and the sample tells its own, only those of these tasks."""
-    conversations = [sample.conversations, *sample.more_conversations]
-    if tasks is None or not sample.tasks:
-        return conversations
-    return [each for each, task in zip(conversations, sample.tasks, strict=True) if task in tasks]
 
 
 def tokenize_samples(

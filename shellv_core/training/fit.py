@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlavaProcessor
 
 from shellv_core.config import fingerprint
-from shellv_core.data.samples import Sample
+from shellv_core.data.samples import Sample, sample_conversations
 from shellv_core.data.shards import count_samples, read_shards, split_shards
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.progress import Progress
@@ -20,7 +20,7 @@ from shellv_core.storage import InputDirectory
 from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, template_of
 from shellv_core.training.alignment import align_words
 from shellv_core.training.config import AlignmentConfig, TrainingConfig
-from shellv_core.training.examples import Examples, image_bytes, sample_conversations, tokenize_samples
+from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
 from shellv_core.training.loop import TrainingSummary, train
 from shellv_core.training.model import TrainingModel

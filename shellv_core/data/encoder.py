@@ -1,0 +1,82 @@
+"""How the conversations of a sample become token ids; all that packing and loading know of tokenizers and templates."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from shellv_core.data.conversation import encode_conversations
+from shellv_core.data.samples import IMAGE_TOKEN, Conversation, Sample, sample_conversations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LIMIT = 1 << 30
+
+_PROBE: list[Conversation] = [
+    [
+        {"from": "human", "value": f"{IMAGE_TOKEN}\nWhat is it?"},
+        {"from": "gpt", "value": "A cat — 猫 🐈."},
+        {"from": "human", "value": "  Of which color?\n"},
+        {"from": "gpt", "value": "Black, I'd say"},
+    ],
+    [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}],
+]
+
+
+class Encode(Protocol):
+    """The function `conversation.encode_conversations` or one of its kind."""
+
+    def __call__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversations: Sequence[Conversation],
+        image_token_id: int,
+        num_image_tokens: int,
+        max_length: int,
+    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """(input_ids, labels), int32 (length,), of each conversation; labels are -100 where nothing is learned."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConversationEncoder:
+    """Encodes the conversations of samples.
+
+    Attributes:
+        tokenizer: a fast tokenizer, the image token among its tokens.
+        image_token_id: id of the image token.
+        tasks: take only conversations of these tasks from samples that tell their tasks; None for all.
+        encode: renders and tokenizes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    tasks: tuple[str, ...] | None = None
+    encode: Encode = encode_conversations
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """The conversations of a sample that are trained on; none is possible."""
+        return sample_conversations(sample, self.tasks)
+
+    def __call__(
+        self, conversations: Sequence[Conversation], num_image_tokens: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(input_ids, labels) of each conversation, uncut, the image token `num_image_tokens` times for an image.
+
+        Raises:
+            DataError: if a conversation cannot be encoded.
+        """
+        return list(self.encode(self.tokenizer, conversations, self.image_token_id, num_image_tokens, NO_LIMIT))
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash (hex) of the tokenizer and of what the template makes of a few conversations."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        for input_ids, labels in self(_PROBE, 1):
+            digest.update(input_ids.astype("<i4").tobytes() + labels.astype("<i4").tobytes())
+        return digest.hexdigest()
