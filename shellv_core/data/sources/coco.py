@@ -27,7 +27,7 @@ from shellv_core.errors import DataError
 from shellv_core.progress import progress
 
 _TABLES = """
-CREATE TABLE images (position INTEGER PRIMARY KEY, id UNIQUE, file_name);
+CREATE TABLE images (position INTEGER PRIMARY KEY, id UNIQUE, file_name);  -- positions from 1
 CREATE TABLE captions (image_id, caption);
 CREATE TABLE categories (id PRIMARY KEY, name) WITHOUT ROWID;
 CREATE TABLE objects (image_id, category_id);
@@ -68,7 +68,7 @@ class CocoRows(Source):
         connection = sqlite3.connect(f"{self._database.as_uri()}?mode=ro", uri=True)
         try:
             images = connection.execute(
-                "SELECT id, file_name FROM images WHERE position >= ? ORDER BY position", (cursor,)
+                "SELECT id, file_name FROM images WHERE position > ? ORDER BY position", (cursor,)
             )
             for image_id, file_name in images:
                 captions = connection.execute(
@@ -151,7 +151,6 @@ def _join(database: Path, captions: tuple[str, Path], instances: tuple[str, Path
                 raise DataError(
                     f"{address}: annotations name {[item for (item,) in strangers]}, which {listed!r} does not list."
                 )
-        connection.execute("UPDATE images SET position = position - (SELECT min(position) FROM images)")
         connection.commit()
     finally:
         connection.close()

@@ -116,6 +116,7 @@ def test_missing_addresses_are_all_named(made: SourceConfig, bucket_uri: str) ->
         assert f"data.{name}={value!r}" in fault
     remote = faults(made.model_copy(update=dict.fromkeys(gone, "s3://no-such-bucket/x/y.zip")), "data")
     assert len(remote) == len(gone)
+    assert len(faults(made.model_copy(update=dict.fromkeys(gone, "")), "data")) == len(gone)
 
 
 def test_only_known_reasons_can_be_given() -> None:

@@ -227,6 +227,10 @@ def test_folder_sidecars(tmp_path: Path) -> None:
         "", "", "no caption", "image format not supported", "row is not an object", "record unreadable",
         "row is not UTF-8", "no caption", "",
     ]  # fmt: skip
+    (folder / "linked").symlink_to(folder, target_is_directory=True)
+    (folder / "y.jpg").symlink_to(tmp_path / "nowhere")
+    assert reasons(source)[8:] == ["no caption", ""]
+    (folder / "y.jpg").unlink()
     before = [mark.stamp for mark in source.scan()]
     (folder / "a.txt").write_bytes(b"Another text.")
     assert [mark.stamp != stamp for mark, stamp in zip(source.scan(), before, strict=True)] == [True] + [False] * 8
