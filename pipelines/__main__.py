@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description="Compile the pipeline, or run it here.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    compiling = commands.add_parser("compile", help="write the YAML that Kubeflow Pipelines takes")
-    compiling.add_argument("--check", action="store_true", help="only tell whether the committed file is current")
+    compiling = commands.add_parser("compile", help="write the YAML files that Kubeflow Pipelines takes")
+    compiling.add_argument("--check", action="store_true", help="only tell whether the committed files are current")
     running = commands.add_parser("run", help="run the whole pipeline on this machine")
     running.add_argument("--preset", default="nano", help="settings of all stages (nano)")
     running.add_argument("--root-uri", metavar="URI", help="folder of all outputs, s3:// or file://")
@@ -35,14 +35,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from pipelines.compile import COMPILED_PATH, is_current, write
+    from pipelines.compile import PIPELINES, compiled_path, is_current, write
 
-    if options.check:
-        if is_current():
-            return 0
-        raise ShellVError(f"{COMPILED_PATH} is not what the source compiles to; run `python -m pipelines compile`.")
-    write()
-    print(COMPILED_PATH)
+    if not options.check:
+        for name in PIPELINES:
+            print(write(name))
+        return 0
+    stale = [str(compiled_path(name)) for name in PIPELINES if not is_current(name)]
+    if stale:
+        raise ShellVError(f"{', '.join(stale)}: not what the source compiles to; run `python -m pipelines compile`.")
     return 0
 
 

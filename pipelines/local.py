@@ -1,6 +1,6 @@
-"""Run the pipeline on this machine: `kfp.local` with one process for each task, on the project's own S3 server.
+"""Run pipelines on this machine: `kfp.local` with one process for each task, on the project's own S3 server.
 
-It is the same pipeline that a cluster runs; only retries are taken out, so that a fault is shown at once.
+They are the same pipelines that a cluster runs; only retries are taken out, so that a fault is shown at once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), root_uri: s
     arguments = {"preset": preset, "overrides": list(overrides), "registered_model": registered_model}
     shutil.rmtree(references, ignore_errors=True)
     with _object_store(root_uri) as root:
-        outputs, console = _run_tasks({"root_uri": root, **arguments}, references)
+        outputs, console = run_tasks("shellv", {"root_uri": root, **arguments}, references)
         evaluation = InputDirectory(outputs["evaluation_uri"])
         report_path = home() / "report.html"
         shutil.copyfile(evaluation.fetch("report.html"), report_path)
@@ -83,14 +83,27 @@ def run(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), root_uri: s
         )
 
 
-def _run_tasks(arguments: Mapping[str, Any], references: Path) -> tuple[dict[str, str], Console]:
+def run_tasks(name: str, arguments: Mapping[str, Any], references: Path) -> tuple[dict[str, str], Console]:
+    """Run the compiled pipeline `name` and show its progress on standard output.
+
+    Args:
+        arguments: the pipeline's parameters.
+        references: folder for the tasks' artifacts.
+
+    Returns:
+        The pipeline's outputs, and its tasks.
+
+    Raises:
+        TaskFailedError: if a task fails.
+    """
     import yaml
     from kfp import components, local
     from kfp.local.config import LocalExecutionConfig
 
     # The second document, about placement, means nothing here.
-    document = next(yaml.safe_load_all(compiled_yaml()))
-    tasks = document["root"]["dag"]["tasks"].values()
+    document = next(yaml.safe_load_all(compiled_yaml(name)))
+    graphs = [document["root"]["dag"], *(each["dag"] for each in document["components"].values() if "dag" in each)]
+    tasks = [task for graph in graphs for task in graph["tasks"].values()]
     for task in tasks:
         task.pop("retryPolicy", None)
     titles = {task["componentRef"]["name"].removeprefix("comp-"): task["taskInfo"]["name"] for task in tasks}

@@ -6,7 +6,7 @@ no accelerator ("0"), an empty selector and empty tolerations are skipped by Kub
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kfp import kubernetes
@@ -34,10 +34,10 @@ class Placement:
 
     secret: Any
     config_map: Any
-    accelerator: Any
-    num_accelerators: Any
-    node_selector: Any
-    tolerations: Any
+    accelerator: Any = ""
+    num_accelerators: Any = "0"
+    node_selector: Any = field(default_factory=dict)
+    tolerations: Any = field(default_factory=list)
 
     def connect(self, task: Any) -> Any:
         """Give `task` the credentials and addresses of the object store and MLflow."""
@@ -49,11 +49,15 @@ class Placement:
         )
         return task
 
+    def retry(self, task: Any) -> Any:
+        """Retry `task` after a preemption or a fault of its services; its stage then continues."""
+        return task.set_retry(RETRIES, backoff_duration="60s", backoff_factor=2.0)
+
     def accelerate(self, task: Any) -> Any:
-        """Connect `task`, place it on accelerated nodes and retry it after a preemption; its stage then continues."""
+        """Connect `task`, place it on accelerated nodes and retry it."""
         self.connect(task)
         task.set_accelerator_type(self.accelerator).set_accelerator_limit(self.num_accelerators)
-        task.set_retry(RETRIES, backoff_duration="60s", backoff_factor=2.0)
+        self.retry(task)
         kubernetes.add_node_selector_json(task, self.node_selector)
         kubernetes.add_toleration_json(task, self.tolerations)
         kubernetes.empty_dir_mount(task, "shared-memory", SHARED_MEMORY_PATH, medium="Memory", size_limit=SHARED_MEMORY)

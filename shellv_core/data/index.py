@@ -5,10 +5,10 @@ One Parquet file a split, rows in the order of the shards. `Index` holds it as f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ def index_name(split: str) -> str:
     return f"index/{split}.parquet"
 
 
-@dataclass(frozen=True)
-class IndexRow:
+class IndexRow(NamedTuple):
     """One sample in a shard.
 
     Attributes:
@@ -133,13 +132,11 @@ def index_table(rows: Sequence[IndexRow], shard: str) -> pa.Table:
     """The rows of one shard as a table."""
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {
-        field.name: [getattr(row, field.name) for row in rows] for field in fields(IndexRow)
-    }
+    columns = dict(zip(IndexRow._fields, zip(*rows, strict=True), strict=True))
     return pa.table({**columns, "shard": [shard] * len(rows)}, schema=schema())
 
 
-def write_index(parts: Sequence[Path], path: Path) -> None:
+def write_index(parts: Iterable[Path], path: Path) -> None:
     """Join the tables of shards (Parquet files, one row group each) into one file, one part in memory at a time."""
     import pyarrow.parquet as pq
 

@@ -1,296 +1,297 @@
-"""Writes the shards of all sources into one output folder, and goes on where an interrupted try ended.
+"""Writes a data set by its plan, and goes on where an interrupted try ended.
 
-The rows of a shard are known in advance (scenes by index, LLaVA rows by position in their list), so a finished shard
-is skipped without making the ones before it again, and a rerun gives the same bytes.
+`write_units` writes any of the plan's units, in worker processes; `finish` joins what they have left: the index, the
+rejected rows and the benchmarks. On one machine one call follows the other; on a cluster pods share the units.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shellv_core.data.config import LlavaSource, ScenesSource
-from shellv_core.data.llava import (
-    ImageFolder,
-    RejectedRow,
-    content_stamp,
-    iterate_json_list,
-    read_row,
-    row_identity,
-    split_of,
-)
-from shellv_core.data.samples import Sample
-from shellv_core.data.shards import Shard, shard_name, write_shard
-from shellv_core.errors import ConfigError, DataError, ShellVError
+from shellv_core.data.config import DataConfig
+from shellv_core.data.index import index_name, write_index
+from shellv_core.data.plan import SCENES, SPLITS, Plan, Split, Unit, make_plan
+from shellv_core.data.sources.base import RejectedRow, Source
+from shellv_core.data.sources.opening import faults, is_remote, open_source
+from shellv_core.data.units import UnitResult, part_name, write_unit
+from shellv_core.errors import ConfigError, DataError
 from shellv_core.progress import Progress
-from shellv_core.storage import OutputDirectory, check_access, download, home, local_path
+from shellv_core.storage import Group, OutputDirectory
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
+PLAN_NAME = "plan.json"
+REJECTED_NAME = "rejected.jsonl"
 
 _NUM_ADDRESSES = 5  # bad rows named in an error
-_MIN_SCENES_FOR_PROCESSES = 1000  # below it, starting worker processes costs more than it saves
+_LISTED_ROWS = 100  # bad rows in the manifest; all of them are in REJECTED_NAME
+_FETCHES = 16
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """What was written and what was left out."""
+    """What was written and what was left out: the manifest's details, and the counts to track."""
 
-    shards: dict[Split, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    rejected: list[RejectedRow] = field(default_factory=list)
-    num_rows: int = 0
-
-    def num_samples(self, split: Split) -> int:
-        """Return how many samples were written for a split."""
-        return sum(shard.num_samples for shard in self.shards[split])
-
-    def details(self) -> dict[str, Any]:
-        """Return the manifest's details."""
-        return {
-            "splits": {
-                split: {"num_samples": self.num_samples(split), "shards": [asdict(shard) for shard in shards]}
-                for split, shards in self.shards.items()
-                if shards
-            },
-            "rejected": [asdict(row) for row in self.rejected],
-            "rejected_counts": dict(sorted(Counter(row.reason for row in self.rejected).items())),
-            "num_rows": self.num_rows,
-        }
-
-    def metrics(self) -> dict[str, float]:
-        """Return the counts to track."""
-        return {
-            "num_train_samples": self.num_samples("train"),
-            "num_validation_samples": self.num_samples("validation"),
-            "num_rejected_rows": len(self.rejected),
-        }
+    details: dict[str, Any]
+    metrics: dict[str, float]
 
 
-def prepare(
-    scenes: ScenesSource | None,
-    llava: LlavaSource | None,
-    samples_per_shard: int,
-    seed: int,
-    output: OutputDirectory,
-    work: Path,
-) -> Prepared:
-    """Write all sources' shards and benchmarks to `output`.
-
-    Args:
-        scenes: Settings of the synthetic scenes, or None.
-        llava: Settings of the LLaVA-format data, or None.
-        samples_per_shard: Rows to a shard.
-        seed: Seed of the scenes.
-        output: Where the files go; those it has already are not written again.
-        work: Local scratch folder that survives a kill.
-
-    Raises:
-        DataError: if more rows are bad than allowed, or none is good.
-    """
-    prepared = Prepared()
-    if scenes is not None:
-        _write_scenes(scenes, samples_per_shard, seed, output, work, prepared)
-    if llava is not None:
-        _write_llava(llava, samples_per_shard, output, work, prepared)
-    return prepared
-
-
-def with_content_stamp(source: LlavaSource) -> LlavaSource:
-    """Check that the rows and the image folder are there, and return `source` with the stamp of what they hold.
+def open_sources(settings: DataConfig) -> dict[str, Source]:
+    """Open the row sources.
 
     Raises:
         ConfigError: naming every address that cannot be used.
-        DataError: if the annotations are not a JSON list.
     """
-    faults = []
-    try:
-        annotations = _local_annotations(source.annotations)
-        if not annotations.is_file():
-            faults.append(f"llava.annotations={source.annotations!r} is not a file; give the path of a JSON list")
-    except ShellVError as error:
-        faults.append(f"llava.annotations={source.annotations!r}: {error}")
-    folder = _local(source.image_folder)
-    if folder is None:
-        try:
-            check_access(source.image_folder)
-        except ShellVError as error:
-            faults.append(f"llava.image_folder={source.image_folder!r}: {error}")
-    elif not folder.is_dir():
-        faults.append(
-            f"llava.image_folder={source.image_folder!r} is not a folder; give the one that the rows' image paths"
-            " are relative to"
-        )
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return source.model_copy(update={"content_stamp": content_stamp(annotations, _image_folder(source))})
+    found = [fault for name, config in settings.row_sources() for fault in faults(config, name)]
+    if found:
+        raise ConfigError(f"{'; '.join(found)}.")
+    opened: dict[str, Source] = {}
+    for name, config in settings.row_sources():
+        opened[name] = open_source(config)
+        opened[name].remote = is_remote(config)
+    return opened
 
 
-def _write_scenes(
-    source: ScenesSource, samples_per_shard: int, seed: int, output: OutputDirectory, work: Path, prepared: Prepared
+def plan_data(settings: DataConfig) -> Plan:
+    """Check the sources and pass over them once.
+
+    Raises:
+        ConfigError: naming every address that cannot be used.
+        DataError: if a source cannot be read.
+    """
+    return make_plan(settings, open_sources(settings))
+
+
+def write_units(
+    settings: DataConfig,
+    seed: int,
+    plan: Plan,
+    output: OutputDirectory,
+    work: Path,
+    units: Sequence[Unit] | None = None,
+    num_workers: int | None = None,
 ) -> None:
+    """Write those of `units` (by default all of the plan) that are not written yet.
+
+    Args:
+        settings: Those that the plan was made with.
+        seed: Seed of the scenes.
+        plan: The plan.
+        output: Where the files go; begun.
+        work: Local scratch folder.
+        units: Some of the plan's.
+        num_workers: Processes; by default one for each core. The result does not depend on it.
+
+    Raises:
+        DataError: if more rows are bad than allowed, or a worker process died.
+    """
+    chosen = plan.units if units is None else units
+    done = output.done_groups()
+    todo = [unit for unit in chosen if unit.group not in done]
+    ledger = _Ledger(settings, plan)
+    with Progress(sum(unit.count for unit in chosen), "writing shards", "rows") as progress:
+        for unit in chosen:
+            if unit.group in done:
+                ledger.add(unit, done[unit.group])
+                progress.update(unit.count)
+        for unit, group in _written(settings, seed, output, work, todo, num_workers or num_cores()):
+            output.adopt(group)
+            ledger.add(unit, group)
+            progress.update(unit.count)
+
+
+def _written(
+    settings: DataConfig, seed: int, output: OutputDirectory, work: Path, units: Sequence[Unit], num_workers: int
+) -> Iterator[tuple[Unit, Group]]:
+    num_workers = min(num_workers, len(units))
+    if num_workers <= 1:
+        sources = open_sources(settings) if units else {}
+        for unit in units:
+            yield unit, write_unit(settings, seed, unit, sources, output, work)
+        return
+    setup = (settings, seed, output.uri, output.fingerprint, work)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, _start_worker, setup) as pool:
+        waiting: dict[Future[Group], Unit] = {}
+        remaining = iter(units)
+        try:
+            while True:
+                # A few ahead of the workers, so that a failure does not leave a long queue behind it.
+                for unit in itertools.islice(remaining, 2 * num_workers - len(waiting)):
+                    waiting[pool.submit(_work, unit)] = unit
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"a worker process died while it wrote shards (out of memory?). Lower samples_per_shard"
+                f" ({settings.samples_per_shard}) or the number of workers ({num_workers}), then rerun: what is"
+                " written stays."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Ledger:
+    """Counts bad rows against what is allowed."""
+
+    settings: DataConfig
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        self.first: list[RejectedRow] = []
+        self.counts: Counter[str] = Counter()
+        self.num_checked = 0
+
+    def add(self, unit: Unit, group: Group) -> None:
+        """Count a unit's rows; raise `DataError` if more are bad than allowed of the whole."""
+        rejected = UnitResult.of(group).rejected
+        self.counts.update(row["reason"] for row in rejected)
+        self.first += [RejectedRow(**row) for row in rejected[: _NUM_ADDRESSES - len(self.first)]]
+        self.num_checked += 0 if unit.source == SCENES else unit.count
+        limits = [("max_rejected_fraction", self.settings.max_rejected_fraction, self.counts.total())]
+        for reason, limit in self.settings.max_rejected.items():
+            limits.append((f"max_rejected[{reason}]", limit, self.counts[reason]))
+        for name, limit, bad in limits:
+            if bad > limit * self.plan.total_rows:
+                raise DataError(self._message(name, limit, bad))
+
+    def _message(self, name: str, limit: float, bad: int) -> str:
+        total = self.plan.total_rows
+        checked = "" if self.num_checked == total else f", after {self.num_checked} rows checked"
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.counts.most_common())
+        return (
+            f"{bad} of {total} rows ({bad / total:.1%}) are bad{checked}; allowed are {limit:.1%} ({name}={limit})."
+            f" Reasons: {reasons}. First: {addresses(self.first, self.counts.total())}."
+            f" Mend the rows, or raise {name.partition('[')[0]} to leave them out."
+        )
+
+
+def finish(settings: DataConfig, seed: int, plan: Plan, output: OutputDirectory, work: Path) -> Prepared:
+    """Join what the units have left.
+
+    Raises:
+        DataError: if a unit is missing, or not one row is good.
+    """
+    groups = output.done_groups()
+    missing = [unit.number for unit in plan.units if unit.group not in groups]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(plan.units)} units are not written, first number {missing[0]}. Write them (rerun"
+            " prepare_data with the same settings), then finish."
+        )
+    results = [UnitResult.of(groups[unit.group]) for unit in plan.units]
+    rejected = [RejectedRow(**row) for result in results for row in result.rejected]
+    shards: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for result in results:
+        for split, shard in result.shards.items():
+            shards[split].append(shard)
+    if not any(shards.values()):
+        raise DataError(f"not one of {plan.total_rows} rows is good. First: {addresses(rejected, len(rejected))}")
+    lines = "".join(json.dumps(row.__dict__, ensure_ascii=False) + "\n" for row in rejected)
+    output.put_bytes(lines.encode(), REJECTED_NAME)
+    for split in SPLITS:
+        if shards[split]:
+            _join_index(split, plan, groups, output, work)
+    if settings.scenes is not None:
+        _write_benchmarks(settings, seed, output)
+    numbers = {split: sum(shard["num_samples"] for shard in shards[split]) for split in SPLITS}
+    details = {
+        "splits": {
+            split: {"num_samples": numbers[split], "shards": shards[split]} for split in SPLITS if shards[split]
+        },
+        "num_rows": dict(sorted(plan.num_rows.items())),
+        "rejected": [row.__dict__ for row in rejected[:_LISTED_ROWS]],
+        "rejected_counts": dict(sorted(Counter(row.reason for row in rejected).items())),
+    }
+    metrics = {
+        "num_train_samples": numbers["train"],
+        "num_validation_samples": numbers["validation"],
+        "num_rejected_rows": len(rejected),
+    }
+    return Prepared(details, metrics)
+
+
+def _join_index(split: Split, plan: Plan, groups: Mapping[str, Group], output: OutputDirectory, work: Path) -> None:
+    folder = work / f"index-{split}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parts = {part_name(split, unit): unit for unit in plan.units}
+    entries = [entry for unit in plan.units for entry in groups[unit.group].scratch if entry.name in parts]
+    paths = [folder / f"{parts[entry.name].number:06d}.parquet" for entry in entries]
+    with ThreadPoolExecutor(_FETCHES) as pool:
+        list(pool.map(output.fetch, entries, paths))
+    joined = folder / "joined.parquet"
+    write_index(paths, joined)
+    output.put_file(joined, index_name(split))
+    shutil.rmtree(folder)
+
+
+def _write_benchmarks(settings: DataConfig, seed: int, output: OutputDirectory) -> None:
     from shellv_core.data.scenes.benchmarks import benchmark_files
-    from shellv_core.data.scenes.generate import SceneRequest, scene_record, scene_samples
+    from shellv_core.data.scenes.generate import SceneRequest, scene_record
     from shellv_core.data.scenes.statistics import training_company
 
+    source = settings.scenes
+    if source is None:
+        return
     validation = SceneRequest(source.scenes, seed, "validation", source.num_train)
     records = [scene_record(validation, index)[1] for index in range(source.num_validation)]
     company = training_company(source.scenes, seed, source.num_train)
     files = benchmark_files(records, company, source.benchmark_images, source.pope_questions, seed)
-    done = output.done_files()
     for name, content in files.items():
-        if name not in done:
-            output.put_bytes(content, name)
-
-    numbers: dict[Split, int] = {"train": source.num_train, "validation": source.num_validation}
-    with Progress(sum(numbers.values()), "scenes", "images") as progress:
-        for split, number in numbers.items():
-            request = SceneRequest(source.scenes, seed, split, source.num_train)
-            starts = range(0, number, samples_per_shard)
-            sizes = [min(samples_per_shard, number - start) for start in starts]
-            names = [shard_name(split, position) for position in range(len(starts))]
-            finished = list(itertools.takewhile(done.__contains__, names))
-            for name, size in zip(finished, sizes, strict=False):
-                prepared.shards[split].append(Shard.of(done[name], size))
-                progress.update(size)
-            workers = _num_cores() if number >= _MIN_SCENES_FOR_PROCESSES else 1
-            made = scene_samples(request, len(finished) * samples_per_shard, number, workers)
-            samples = _counted((Sample.from_record(row["id"], row, image) for image, row in made), progress)
-            for name, size in zip(names[len(finished) :], sizes[len(finished) :], strict=True):
-                shard = write_shard(itertools.islice(samples, size), output, name, work)
-                prepared.shards[split].append(shard)
+        output.put_bytes(content, name)
 
 
-def _write_llava(
-    source: LlavaSource, samples_per_shard: int, output: OutputDirectory, work: Path, prepared: Prepared
-) -> None:
-    annotations = _local_annotations(source.annotations)
-    folder = _image_folder(source)
-    done = output.done_files()
-    total = sum(1 for _ in iterate_json_list(annotations))
-    if not total:
-        raise DataError(f"{source.annotations} holds no rows.")
-    first_numbers = {split: len(prepared.shards[split]) for split in SPLITS}
-    seen: set[bytes] = set()
-    rejected: list[RejectedRow] = []
-    num_good = 0
-    rows = enumerate(iterate_json_list(annotations))
-    with Progress(total, "rows", "rows") as progress, ThreadPoolExecutor(_num_cores()) as pool:
-        for window in itertools.count():
-            chunk = list(itertools.islice(rows, samples_per_shard))
-            if not chunk:
-                break
-            duplicates = [_seen_before(row_identity(row), seen) for _, row in chunk]
-            names = {split: shard_name(split, first_numbers[split] + window) for split in SPLITS}
-            record_path = work / f"llava-window-{window:06d}.json"
-            shards, bad = _finished_window(record_path, done) or (None, [])
-            if shards is None:
-                results = pool.map(
-                    lambda item: read_row(item[0][1], item[0][0], source.annotations, folder, item[1]),
-                    zip(chunk, duplicates, strict=True),
-                )
-                shards, bad = _write_window(results, chunk, names, source, output, work)
-                record = {
-                    "shards": {split: asdict(shard) for split, shard in shards.items()},
-                    "rejected": [asdict(row) for row in bad],
-                }
-                record_path.write_text(json.dumps(record), encoding="utf-8")
-            for split, shard in shards.items():
-                prepared.shards[split].append(shard)
-                num_good += shard.num_samples
-            rejected += bad
-            progress.update(len(chunk))
-            if len(rejected) > source.max_rejected_fraction * total:
-                raise DataError(_too_many(source, rejected, total, num_good + len(rejected)))
-    if not num_good:
-        raise DataError(f"{source.annotations}: not one of {total} rows is good. First: {_addresses(rejected)}")
-    prepared.rejected += rejected
-    prepared.num_rows += total
+def addresses(rejected: Sequence[RejectedRow], total: int) -> str:
+    """The first bad rows, and how many more there are."""
+    named = rejected[:_NUM_ADDRESSES]
+    more = f"; and {total - len(named)} more" if total > len(named) else ""
+    return "; ".join(map(str, named)) + more
 
 
-def _write_window(
-    results: Iterable[Sample | RejectedRow],
-    chunk: list[tuple[int, Any]],
-    names: dict[Split, str],
-    source: LlavaSource,
-    output: OutputDirectory,
-    work: Path,
-) -> tuple[dict[Split, Shard], list[RejectedRow]]:
-    by_split: dict[Split, list[Sample]] = {split: [] for split in SPLITS}
-    bad = []
-    for (_, row), result in zip(chunk, results, strict=True):
-        if isinstance(result, RejectedRow):
-            bad.append(result)
-        else:
-            by_split[split_of(result, row.get("image"), source.validation_fraction)].append(result)
-    return {
-        split: write_shard(samples, output, names[split], work) for split, samples in by_split.items() if samples
-    }, bad
-
-
-def _finished_window(record_path: Path, done: dict[str, Any]) -> tuple[dict[Split, Shard], list[RejectedRow]] | None:
-    """Return what an interrupted try recorded of a window, if all its shards are still there."""
-    try:
-        record = json.loads(record_path.read_text("utf-8"))
-        shards = {split: Shard(**record["shards"][split]) for split in SPLITS if split in record["shards"]}
-        bad = [RejectedRow(**row) for row in record["rejected"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    stored = all(shard.name in done and done[shard.name].sha256 == shard.sha256 for shard in shards.values())
-    return (shards, bad) if stored else None
-
-
-def _seen_before(identity: bytes, seen: set[bytes]) -> bool:
-    before = identity in seen
-    seen.add(identity)
-    return before
-
-
-def _counted(samples: Iterable[Sample], progress: Progress) -> Iterator[Sample]:
-    for sample in samples:
-        yield sample
-        progress.update()
-
-
-def _too_many(source: LlavaSource, rejected: list[RejectedRow], total: int, num_checked: int) -> str:
-    unchecked = "" if num_checked == total else f", after {num_checked} rows checked"
-    return (
-        f"{source.annotations}: {len(rejected)} of {total} rows ({len(rejected) / total:.1%}) are bad{unchecked};"
-        f" allowed are {source.max_rejected_fraction:.1%} (llava.max_rejected_fraction={source.max_rejected_fraction})."
-        f" First: {_addresses(rejected)}. Mend the rows, or raise llava.max_rejected_fraction to leave them out."
-    )
-
-
-def _addresses(rejected: list[RejectedRow]) -> str:
-    more = f"; and {len(rejected) - _NUM_ADDRESSES} more" if len(rejected) > _NUM_ADDRESSES else ""
-    return "; ".join(str(row) for row in rejected[:_NUM_ADDRESSES]) + more
-
-
-def _local(address: str) -> Path | None:
-    return local_path(address) if "://" in address else Path(address)
-
-
-def _local_annotations(address: str) -> Path:
-    """Return the annotation file's local path, fetched anew if it lies in an object store."""
-    local = _local(address)
-    if local is not None:
-        return local
-    copy = home() / "cache" / "annotations" / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
-    download(address, copy)
-    return copy
-
-
-def _image_folder(source: LlavaSource) -> ImageFolder:
-    local = _local(source.image_folder)
-    return ImageFolder(source.image_folder if local is None else str(local))
-
-
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_unit_writer: Callable[[Unit], Group] | None = None  # of a worker process
+
+
+def _start_worker(settings: DataConfig, seed: int, uri: str, fingerprint: str, work: Path) -> None:
+    global _unit_writer
+    _end_with_parent()
+    output = OutputDirectory(uri, fingerprint)
+    _unit_writer = partial(write_unit, settings, seed, sources=open_sources(settings), output=output, work=work)
+
+
+def _work(unit: Unit) -> Group:
+    if _unit_writer is None:
+        raise RuntimeError("_start_worker did not run")
+    return _unit_writer(unit)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent was killed, which the pool itself does not do."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

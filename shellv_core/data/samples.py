@@ -5,17 +5,18 @@ The JSON form is the LLaVA row with more keys, so a shard's JSON member is reada
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import orjson
+
 from shellv_core.errors import DataError
+from shellv_core.templates import IMAGE_TOKEN as IMAGE_TOKEN
 
 Turn = dict[str, str]  # {"from": "human" | "gpt", "value": text}
 Conversation = list[Turn]
 
-IMAGE_TOKEN = "<image>"  # noqa: S105
 HallucinationType = Literal["object", "attribute", "relation", "event", "unspecified"]
 HALLUCINATION_TYPES: tuple[HallucinationType, ...] = ("object", "attribute", "relation", "event")
 
@@ -61,6 +62,7 @@ class Sample:
         objects: What is in the image, where that is known.
         source: Where the row comes from.
         image_source: What that source calls the image.
+        width: Of the image in pixels, 0 for text; so is the height.
     """
 
     key: str
@@ -75,6 +77,8 @@ class Sample:
     hallucinated_captions: tuple[HallucinatedCaption, ...] = ()
     objects: tuple[SampleObject, ...] = ()
     image_source: str | None = None
+    width: int = 0
+    height: int = 0
 
     @property
     def num_words(self) -> int:
@@ -96,12 +100,14 @@ class Sample:
             "more_conversations": self.more_conversations,
             "tasks": self.tasks,
             "caption": self.caption,
-            "hallucinated_captions": [asdict(item) for item in self.hallucinated_captions],
-            "objects": [asdict(item) for item in self.objects],
+            "hallucinated_captions": self.hallucinated_captions,
+            "objects": self.objects,
             "source": self.source,
             "image_source": self.image_source,
+            "width": self.width,
+            "height": self.height,
         }
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        return orjson.dumps(record)
 
     @classmethod
     def from_json(cls, key: str, data: bytes, image: bytes | None = None) -> Sample:
@@ -111,7 +117,7 @@ class Sample:
             DataError: if `data` is no such record, or names an image while `image` is None, or the reverse.
         """
         try:
-            return cls.from_record(key, json.loads(data), image)
+            return cls.from_record(key, orjson.loads(data), image)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"sample {key!r} does not hold a record of this project ({error!r}).") from None
 
@@ -134,4 +140,6 @@ class Sample:
             hallucinated_captions=tuple(HallucinatedCaption(**item) for item in record["hallucinated_captions"]),
             objects=tuple(SampleObject(**item) for item in record["objects"]),
             image_source=record.get("image_source"),
+            width=record.get("width", 0),
+            height=record.get("height", 0),
         )

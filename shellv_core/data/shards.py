@@ -6,10 +6,9 @@ Plain webdataset reads the same tars. This reader verifies them first and never 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +17,9 @@ from shellv_core.data.samples import Sample
 from shellv_core.errors import DataError
 from shellv_core.storage import FileEntry, InputDirectory, OutputDirectory
 
-HEADER_BYTES = 512
+BLOCK_BYTES = 512
+_RECORD_BYTES = 20 * BLOCK_BYTES
+_NAME_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ def shard_name(split: str, number: int) -> str:
 
 
 class ShardWriter:
-    """Writes one tar with webdataset's writer, and its index and SHA-256 on the way; equal samples give equal bytes.
+    """Writes one tar, its index and its SHA-256; equal samples give equal bytes.
 
-    Use it as a context manager; `rows` and `sha256` are complete after it.
+    The bytes are those of ``webdataset.TarWriter(mtime=0)``, whose headers cost several times as much as all the rest
+    of a small sample. Use it as a context manager; `sha256` is complete after it.
 
     Args:
         path: a local file, overwritten.
@@ -56,55 +58,41 @@ class ShardWriter:
         self.sha256 = ""
 
     def __enter__(self) -> ShardWriter:
-        from webdataset import TarWriter
-
         self._file = self.path.open("wb")
-        # A fixed mtime makes the tar reproducible, and spares the extra header that a fractional one costs.
-        self._writer = TarWriter(self._file, encoder=False, mtime=0)
+        self._digest = hashlib.sha256()
+        self._offset = 0
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
-        self._file.close()
-        if kind is None and self.rows:
-            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                self.sha256 = hashlib.sha256(data).hexdigest()
-                view = memoryview(data)
-                spans = (view[row.offset : row.offset + row.size] for row in self.rows)
-                self.rows = [
-                    replace(row, sha256=hashlib.sha256(span).digest())
-                    for row, span in zip(self.rows, spans, strict=True)
-                ]
-                view.release()
+        with self._file:
+            if kind is None:
+                end = self._offset + 2 * BLOCK_BYTES
+                self._append(b"\0" * (end + -end % _RECORD_BYTES - self._offset))
+                self.sha256 = self._digest.hexdigest()
 
-    def write(
-        self, sample: Sample, row: int = 0, size: tuple[int, int] = (0, 0), num_tokens: tuple[int, ...] = ()
-    ) -> None:
+    def write(self, sample: Sample, row: int = 0, num_tokens: tuple[int, ...] = ()) -> None:
         """Append a sample.
 
         Args:
             sample: its key must differ from the others'.
             row: position of the sample in its source.
-            size: width and height of its image in pixels.
             num_tokens: see `IndexRow`.
         """
-        record = sample.to_json()
-        members = {"json": record}
-        if sample.image is not None:
-            members[sample.image_format] = sample.image
-        offset = self._writer.tarstream.offset
-        self._writer.write({"__key__": sample.key, **members})
-        end = self._writer.tarstream.offset
-        # The writer sorts the members by name: jpg, json, png.
-        positions, position = {}, 0
-        for name in sorted(members):
-            positions[name] = position + HEADER_BYTES
-            position += HEADER_BYTES + -(-len(members[name]) // HEADER_BYTES) * HEADER_BYTES
-        if position != end - offset:
-            raise DataError(f"sample key {sample.key!r} is too long for a tar header; use at most 90 characters.")
-        image = sample.image or b""
+        record, image = sample.to_json(), sample.image
+        members = [("json", record)] if image is None else sorted([("json", record), (sample.image_format, image)])
+        parts: list[bytes] = []
+        positions: dict[str, int] = {}
+        size = 0
+        for suffix, content in members:
+            positions[suffix] = size + BLOCK_BYTES
+            padding = -len(content) % BLOCK_BYTES
+            parts += (tar_header(f"{sample.key}.{suffix}", len(content)), content, bytes(padding))
+            size += BLOCK_BYTES + len(content) + padding
+        span = b"".join(parts)
+        offset = self._offset
+        self._append(span)
         self.rows.append(
             IndexRow(
                 key=sample.key,
@@ -112,22 +100,48 @@ class ShardWriter:
                 row=row,
                 image_source=sample.image_source or "",
                 offset=offset,
-                size=end - offset,
+                size=size,
                 json_offset=positions["json"],
                 json_size=len(record),
-                image_offset=positions[sample.image_format] if image else 0,
-                image_size=len(image),
-                image_format=sample.image_format if image else "",
-                width=size[0],
-                height=size[1],
-                sha256=b"",
-                image_sha256=hashlib.sha256(image).digest() if image else b"",
+                image_offset=0 if image is None else positions[sample.image_format],
+                image_size=0 if image is None else len(image),
+                image_format="" if image is None else sample.image_format,
+                width=sample.width,
+                height=sample.height,
+                sha256=hashlib.sha256(span).digest(),
+                image_sha256=b"" if image is None else hashlib.sha256(image).digest(),
                 num_conversations=1 + len(sample.more_conversations),
                 num_hallucinated=len(sample.hallucinated_captions),
                 num_words=sample.num_words,
                 num_tokens=num_tokens,
             )
         )
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._offset += len(data)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member of a shard: a plain file of `size` bytes, of no time and the owner "bigdata".
+
+    Raises:
+        DataError: if the name is longer than a header holds, 100 bytes, or the member than one can say, 8 GiB.
+    """
+    encoded = name.encode()
+    if len(encoded) > _NAME_BYTES or size >= 8**11:
+        raise DataError(
+            f"{name!r} of {size} bytes does not fit into a tar: at most {_NAME_BYTES} bytes of name, 8 GiB."
+        )
+    start = encoded.ljust(_NAME_BYTES, b"\0") + b"0000444\0000000000\0000000000\0%011o\0%011o\0" % (size, 0)
+    checksum = sum(start) + _AFTER_CHECKSUM_SUM
+    return b"%b%06o\0 %b" % (start, checksum, _AFTER_CHECKSUM)
+
+
+# Type "0" (a plain file), no link, magic, owner and group, no device numbers, no prefix.
+_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + b"bigdata".ljust(32, b"\0") * 2 + bytes(16 + 155 + 12)
+_AFTER_CHECKSUM_SUM = sum(_AFTER_CHECKSUM) + 8 * ord(" ")
 
 
 def write_shard(samples: Iterable[Sample], output: OutputDirectory, name: str, work: Path) -> Shard:

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from shellv_core.data.conversation import encode_prompt
 from shellv_core.errors import EvaluationError, ModelError
 from shellv_core.evaluation.answers import Prompt
+from shellv_core.templates import template_of
 
 LayerStates = list[tuple[torch.Tensor, torch.Tensor]]
 """For each layer: keys and values [images, heads, tokens, head_dim]."""
@@ -34,6 +36,7 @@ class LlavaGenerator:
     def __init__(self, model: Any, processor: Any, batch_size: int = 128) -> None:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = processor.tokenizer
+        self.template = template_of(processor)
         self.image_token_id = int(model.config.image_token_id)
         configured = model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if configured is None else configured
@@ -91,8 +94,7 @@ class LlavaGenerator:
             prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            bos = self.tokenizer.bos_token
-            ids = self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+            ids = encode_prompt(self.tokenizer, prompt, self.template)
             if ids.count(self.image_token_id) != 1:
                 raise EvaluationError(
                     f"the prompt {text!r} renders with {ids.count(self.image_token_id)} image tokens, one is needed."
@@ -160,6 +162,8 @@ class LlavaGenerator:
     def _decode_tokens(self, tokens: list[int], stops: set[int]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
         text: str = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        for stop in self.template.stop_strings:
+            text = text.partition(stop)[0]
         return text.strip()
 
     def _embed(self, ids: torch.Tensor | list[list[int]]) -> torch.Tensor:

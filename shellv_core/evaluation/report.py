@@ -64,10 +64,9 @@ class Picture:
 
 @dataclass
 class Lineage:
-    """Where the evaluation comes from: name of the candidate, when that was made, and title -> name -> value."""
+    """Where the evaluation comes from: name of the candidate, and title -> name -> value."""
 
     title: str
-    created_at: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

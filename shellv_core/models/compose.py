@@ -40,7 +40,8 @@ from shellv_core.models import efficientnet_lite
 from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
 from shellv_core.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from shellv_core.models.initialization import initialize_for_matching
-from shellv_core.models.tokenizer import IMAGE_TOKEN, chat_template, train_tokenizer
+from shellv_core.models.tokenizer import train_tokenizer
+from shellv_core.templates import IMAGE_TOKEN, Template, add_template_tokens, template_named
 
 if TYPE_CHECKING:
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -64,13 +65,14 @@ def build_model(
     Raises:
         ModelError: if weights or tokenizers cannot be had, parts do not fit together, or an option is unknown.
     """
-    tokenizer = _build_tokenizer(config.tokenizer, texts)
+    template = template_named(config.template)
+    tokenizer = _build_tokenizer(config.tokenizer, texts, template)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vision_tower = _build_vision_tower(config.vision_tower)
         language_model = _build_language_model(config.language_model, tokenizer)
         model = _compose(config, vision_tower, language_model, tokenizer)
-    return model, _build_processor(config.vision_tower, model, tokenizer)
+    return model, _build_processor(config.vision_tower, model, tokenizer, template)
 
 
 def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path) -> None:
@@ -135,9 +137,9 @@ def num_image_tokens(model: LlavaForConditionalGeneration) -> int:
     return int(model.config.image_seq_length)
 
 
-def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str], template: Template) -> PreTrainedTokenizerBase:
     if config.pretrained is None:
-        return train_tokenizer(texts, config.vocab_size)
+        return train_tokenizer(texts, config.vocab_size, template.special_tokens)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.pretrained)
     except (OSError, ValueError) as error:
@@ -149,7 +151,7 @@ def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTraine
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    add_template_tokens(tokenizer, template)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -297,10 +299,18 @@ def _compose(
         raise ModelError(f"{type(language_model).__name__} does not fit into LLaVA: nothing sets {left}.")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_stop_ids(tokenizer, template_named(config.template)),
         pad_token_id=tokenizer.pad_token_id,
     )
     return model.eval()
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | list[int]:
+    """The ids that end an answer: the end-of-text token, and the template's end marker where that is one token."""
+    eos: int = tokenizer.eos_token_id
+    stops = [text for text in template.stop_strings if text in template.markers]
+    ends: Any = tokenizer.convert_tokens_to_ids(stops)
+    return [eos, *ends] if ends else eos
 
 
 def _build_projector(config: LlavaConfig) -> LlavaMultiModalProjector:
@@ -320,7 +330,10 @@ def _count_image_tokens(config: VisionTowerConfig, tower_config: PreTrainedConfi
 
 
 def _build_processor(
-    config: VisionTowerConfig, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+    config: VisionTowerConfig,
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
 ) -> LlavaProcessor:
     is_clip = config.kind == "clip"
     tower_config: Any = model.config.vision_config
@@ -337,7 +350,7 @@ def _build_processor(
         tokenizer=tokenizer,
         patch_size=tower_config.patch_size,
         vision_feature_select_strategy=config.select_strategy,
-        chat_template=chat_template(str(tokenizer.eos_token)),
+        chat_template=template.bound(tokenizer).chat_template(),
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=int(is_clip),
     )

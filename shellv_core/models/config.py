@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shellv_core.config import Config
+from shellv_core.errors import ConfigError
+from shellv_core.templates import DEFAULT_TEMPLATE, template_named
 
 
 class VisionTowerConfig(Config):
@@ -74,6 +76,16 @@ class ModelConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     #: mlp2x_gelu: two linear layers with GELU between; linear: the same without the GELU.
     projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    #: How a conversation is written: a name of `shellv_core.templates.TEMPLATES`. The model directory carries it.
+    template: str = DEFAULT_TEMPLATE
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, name: str) -> str:
+        try:
+            return template_named(name).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

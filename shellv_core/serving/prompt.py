@@ -10,9 +10,11 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from shellv_core.serving.engine import ImagePart, Message, RequestError
+from shellv_core.templates import template_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,9 @@ class PromptEncoder:
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         tokens = {*special, *self._tokenizer.all_special_tokens, self._image_token}
         self._reserved = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        self._reserved_ids = set(self._tokenizer.convert_tokens_to_ids(sorted(tokens)))
+        self._template = template_of(processor).bound(self._tokenizer)
+        self._seams = self._template.seams()
 
     def encode(self, messages: Iterable[Message]) -> Prompt:
         """The inputs with which the model answers the last message.
@@ -109,39 +114,60 @@ class PromptEncoder:
             expanded += self._image_token * num_tokens + slot
         pieces = _split_at(expanded, texts)
         starts_itself = bool(self._tokenizer.bos_token) and expanded.startswith(self._tokenizer.bos_token)
-        if any(self._reserved.search(text) for text in texts.values()):
+        if self._must_cut(pieces, texts) or any(self._reserved.search(text) for text in texts.values()):
             return self._encode_in_runs(pieces, texts, starts_itself)
         # The usual case in one call, as in training, since tokens may span the border of template and text.
         whole = "".join(texts.get(piece, piece) for piece in pieces)
         token_ids: list[int] = self._tokenizer(whole, add_special_tokens=not starts_itself)["input_ids"]
         return token_ids
 
+    def _must_cut(self, pieces: list[str], texts: dict[str, str]) -> bool:
+        """Whether a token would reach across a seam, as none does in training."""
+        if self._seams is None or self._template.parts_alone:
+            return self._template.parts_alone
+        opening = self._template.assistant_open
+        answers = [
+            texts[piece][:64] for before, piece in pairwise(pieces) if piece in texts and before.endswith(opening)
+        ]
+        return any(self._plain(opening + text) != self._plain(opening) + self._plain(text) for text in answers)
+
     def _encode_in_runs(self, pieces: list[str], texts: dict[str, str], starts_itself: bool) -> list[int]:
-        """Encode the template's special tokens as such and everything else as plain text."""
+        """Encode the template's special tokens as such and everything else as plain text, cut at the seams."""
         runs: list[tuple[str, bool]] = []
         for piece in pieces:
             if piece in texts:
                 runs.append((texts[piece], False))
                 continue
-            position = 0
-            for match in self._reserved.finditer(piece):
-                runs += [(piece[position : match.start()], False), (match.group(), True)]
-                position = match.end()
-            runs.append((piece[position:], False))
+            for index, part in enumerate(self._seams.split(piece) if self._seams else [piece]):
+                position = 0
+                if index:
+                    runs.append(("", True))
+                for match in self._reserved.finditer(part):
+                    runs += [(part[position : match.start()], False), (match.group(), True)]
+                    position = match.end()
+                runs.append((part[position:], False))
         token_ids: list[int] = [] if starts_itself else list(self._tokenizer("")["input_ids"])
         plain = ""
         for text, reserved in runs:
             if reserved:
-                token_ids += [*self._plain(plain), self._tokenizer.convert_tokens_to_ids(text)]
+                token_ids += self._plain(plain)
                 plain = ""
+                if text:
+                    token_ids.append(self._tokenizer.convert_tokens_to_ids(text))
             else:
                 plain += text
         return token_ids + self._plain(plain)
 
     def _plain(self, text: str) -> list[int]:
-        """Encode `text` with no part of it read as a reserved token: each one's spelling is cut after its first
-        character, which holds for every kind of tokenizer."""
-        token_ids: list[int] = []
+        """Encode `text` with no part of it read as a reserved token.
+
+        As in training, by the tokenizer's own means; where these leave one (slow tokenizers, and tokens that count as
+        ordinary), each one's spelling is cut after its first character, which holds for every kind.
+        """
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if not self._reserved_ids.intersection(token_ids):
+            return token_ids
+        token_ids = []
         while text:
             match = self._reserved.search(text)
             end = match.start() + 1 if match and match.start() + 1 < len(text) else len(text)

@@ -35,6 +35,7 @@ from shellv_core.serving.engine import (
 )
 from shellv_core.serving.prompt import Prompt, PromptEncoder
 from shellv_core.serving.sampling import sample
+from shellv_core.templates import template_of
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,7 @@ class TransformersEngine:
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         self.context_length = _context_length(model, self._tokenizer)
         self._end_ids = _end_ids(model, self._tokenizer)
+        self._stop_strings = template_of(processor).stop_strings
 
         self._lock = threading.Lock()
         self._pending: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -246,7 +248,7 @@ class TransformersEngine:
     def _answer(self, job: _Job) -> Iterator[TokenEvent]:
         """Events of one answer, to be read up to the one with a finish reason; none follows a cancellation."""
         request, num_prompt_tokens = job.request, len(job.prompt.token_ids)
-        detokenizer = Detokenizer(self._tokenizer, request.stop)
+        detokenizer = Detokenizer(self._tokenizer, (*request.stop, *self._stop_strings))
         generator = self._generator(request)
         steps = self._steps(job.prompt)
         token_id: int | None = None

@@ -153,7 +153,6 @@ def _lineage(run: StageRun[EvaluateConfig]) -> Any:
     candidate = run.inputs["model"].manifest
     return Lineage(
         title=f"model {candidate.fingerprint[:12]}",
-        created_at=candidate.created_at,
         sections={
             "Inputs": {
                 key: f"{directory.uri} (content {directory.content_sha256[:16]})"

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shellv_core.config import Config, apply_overrides, build_config, nearest
-from shellv_core.data.config import LlavaSource, ScenesSource
+from shellv_core.data.config import ScenesSource
 from shellv_core.data.scenes.config import ScenesConfig
+from shellv_core.data.sources.config import LlavaSource
 from shellv_core.errors import ConfigError
 from shellv_core.models.config import LanguageModelConfig, LoraConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
 from shellv_core.stages import STAGE_NAMES
@@ -116,7 +117,7 @@ def shellv_7b() -> Preset:
         checkpoint_every_steps=300,
     )
     return Preset(
-        prepare_data=PrepareDataConfig(llava=LlavaSource(annotations="", image_folder="")),
+        prepare_data=PrepareDataConfig(llava=LlavaSource(annotations="", images="")),
         pretrain_projector=PretrainProjectorConfig(
             model=ModelConfig(
                 vision_tower=VisionTowerConfig(
@@ -129,6 +130,7 @@ def shellv_7b() -> Preset:
                 ),
                 language_model=LanguageModelConfig(pretrained="WisdomShell/Shell-7B"),
                 tokenizer=TokenizerConfig(pretrained="WisdomShell/Shell-7B"),
+                template="shellv",
             ),
             training=common,
         ),

@@ -40,7 +40,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "training"),
+        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
     )
 
 
@@ -82,11 +82,14 @@ def _build(config: PretrainProjectorConfig, data: TrainingData) -> tuple[LlavaFo
     from itertools import islice
 
     from shellv_core.models.compose import build_model, calibrate_vision_tower
+    from shellv_core.templates import template_named
     from shellv_core.training.examples import image_bytes
     from shellv_core.training.features import pixel_batches
     from shellv_core.training.fit import tokenizer_texts
 
-    model, processor = build_model(config.model, tokenizer_texts(data.read()), config.seed)
+    model, processor = build_model(
+        config.model, tokenizer_texts(data.read(), template_named(config.model.template)), config.seed
+    )
     if config.model.vision_tower.standardize:
         images = islice(image_bytes(data.read()), CALIBRATION_IMAGES)
         calibrate_vision_tower(model, pixel_batches(images, processor))

@@ -7,7 +7,6 @@ and the code that it runs; an output that was committed under the same fingerpri
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import importlib.metadata
@@ -16,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import shellv_core
 from shellv_core.config import Config, fingerprint
@@ -41,7 +40,10 @@ class StageConfig(Config):
         output_uri: folder for the output, ``s3://`` or ``file://``; ``{fingerprint}`` in it stands for the first 16
             digits of the run's fingerprint.
         seed: seed of every random choice in the stage.
+        without_effect: names of settings that do not change the output and so are no part of its identity.
     """
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     output_uri: str = ""
     seed: int = 0
@@ -107,31 +109,20 @@ def run_stage(
             such an error is removed.
     """
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
-    _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in sources.items()}})
-    _check_all([config.output_uri, *sources.values()])
-    directories = {key: InputDirectory(uri) for key, uri in sources.items()}
-    settings = config.model_dump(mode="json", exclude={"output_uri", *(f"{key}_uri" for key in sources)})
-    identity = fingerprint(
-        name,
-        settings,
-        {key: directory.content_sha256 for key, directory in directories.items()},
-        code_digest([f"stages/{name}.py", *code]),
-    )
-    uri = config.output_uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
-    output = OutputDirectory(uri, identity)
+    output, directories = open_stage(name, config, sources, code)
+    uri, identity = output.uri, output.fingerprint
     committed = output.finished()
     if committed and reuse(committed):
         logger.info("%s: reusing %s", name, uri)
         return _result(uri, committed, reused=True)
     output.begin(replace=committed is not None)
-    work = home() / "work" / f"{name}-{identity[:FINGERPRINT_DIGITS]}"
-    work.mkdir(parents=True, exist_ok=True)
+    work = work_folder(name, output)
     logger.info("%s: writing %s", name, uri)
     from shellv_core.tracking.runs import track
 
     tags = {"shellv.fingerprint": identity, "shellv.output_uri": uri, "shellv.library_version": shellv_core.__version__}
     tags |= {f"shellv.input.{key}": directory.content_sha256 for key, directory in directories.items()}
-    with _aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
+    with aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
         run = StageRun(config, identity, directories, output, work, tracked)
         body(run)
         tracked.log_metrics(run.metrics)
@@ -140,7 +131,6 @@ def run_stage(
                 stage=name,
                 fingerprint=identity,
                 library_version=shellv_core.__version__,
-                created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 config=config.model_dump(mode="json"),
                 versions=_versions(),
                 inputs={key: directory.reference() for key, directory in directories.items()},
@@ -150,6 +140,39 @@ def run_stage(
         )
     shutil.rmtree(work, ignore_errors=True)
     return _result(uri, manifest, reused=False)
+
+
+def open_stage(
+    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str]
+) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
+    """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
+
+    Args:
+        inputs: input name -> URI of a committed folder.
+        code: see `run_stage`.
+
+    Raises:
+        ShellVError: with all faults of access at once.
+    """
+    _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
+    _check_all([config.output_uri, *inputs.values()])
+    directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
+    excluded = {"output_uri", *config.without_effect, *(f"{key}_uri" for key in inputs)}
+    identity = fingerprint(
+        name,
+        config.model_dump(mode="json", exclude=excluded),
+        {key: directory.content_sha256 for key, directory in directories.items()},
+        code_digest([f"stages/{name}.py", *code]),
+    )
+    uri = config.output_uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
+    return OutputDirectory(uri, identity), directories
+
+
+def work_folder(name: str, output: OutputDirectory) -> Path:
+    """The local scratch folder of a run, which survives a kill."""
+    work = home() / "work" / f"{name}-{output.fingerprint[:FINGERPRINT_DIGITS]}"
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
 
 def code_digest(parts: Sequence[str]) -> str:
@@ -168,7 +191,8 @@ def code_digest(parts: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _aborting(output: OutputDirectory) -> Iterator[None]:
+def aborting(output: OutputDirectory) -> Iterator[None]:
+    """Remove what was written if the user's settings, data or disk are at fault; a kill or a bug leaves it."""
     try:
         yield
     except OSError as error:

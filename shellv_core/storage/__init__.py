@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shellv_core.storage.directories import (
     FileEntry,
+    Group,
     InputDirectory,
     InputReference,
     Manifest,
@@ -23,6 +24,7 @@ from shellv_core.storage.stores import ObjectStatus, join, local_path, open_stor
 
 __all__ = [
     "FileEntry",
+    "Group",
     "InputDirectory",
     "InputReference",
     "Manifest",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from shellv_core.storage.stores import join, local_path, open_store
 
 MANIFEST_NAME = "manifest.json"
 MARKER_NAME = "_in_progress.json"
+_REQUESTS_AT_ONCE = 16
 
 
 class FileEntry(Config):
@@ -47,7 +50,6 @@ class Manifest(Config):
     stage: str
     fingerprint: str
     library_version: str
-    created_at: str
     config: dict[str, Any]
     versions: dict[str, str] = {}
     inputs: dict[str, InputReference] = {}
@@ -56,8 +58,24 @@ class Manifest(Config):
     details: dict[str, Any] = {}
 
 
+class Group(Config):
+    """Files that were put into an unfinished folder together, all of them or none.
+
+    Attributes:
+        name: of the group.
+        files: those that the commit keeps.
+        scratch: those that the commit removes: what a later step of the same run needs.
+        note: what the run wants to remember of them.
+    """
+
+    name: str
+    files: list[FileEntry] = []
+    scratch: list[FileEntry] = []
+    note: dict[str, Any] = {}
+
+
 class OutputDirectory:
-    """A folder that one run writes and commits.
+    """A folder that one run writes and commits; several processes or machines may write parts of it.
 
     Args:
         uri: where the folder goes (``s3://`` or ``file://``).
@@ -67,7 +85,7 @@ class OutputDirectory:
     def __init__(self, uri: str, fingerprint: str) -> None:
         self.uri, self.fingerprint = uri.rstrip("/"), fingerprint
         self._store = open_store(uri)
-        self._entries: dict[str, FileEntry] = {}
+        self._groups: dict[str, Group] = {}
 
     def finished(self) -> Manifest | None:
         """The manifest, where this very run was committed here before; None where nothing is committed.
@@ -84,6 +102,8 @@ class OutputDirectory:
                 f" (fingerprint {manifest.fingerprint[:12]}, this run has {self.fingerprint[:12]})."
                 " Choose another output_uri or delete the folder."
             )
+        if self._store.exists(self._at(MARKER_NAME)):
+            self._sweep(manifest)
         return manifest
 
     def begin(self, replace: bool = False) -> None:
@@ -114,23 +134,50 @@ class OutputDirectory:
                 f" {str(marker.get('fingerprint'))[:12]}, this run has {self.fingerprint[:12]})."
                 " Rerun that one with its settings, choose another output_uri or delete the folder."
             )
-        self._entries = self._read_entries()
+        self._groups = self._read_groups()
+
+    def done_groups(self) -> dict[str, Group]:
+        """What earlier tries of this run, or other processes of it, had put here when `begin` looked, by name."""
+        return dict(self._groups)
 
     def done_files(self) -> dict[str, FileEntry]:
-        """Files that an earlier try of this run put here and recorded, by name."""
-        return dict(self._entries)
+        """The files of these groups that the commit keeps, by name."""
+        return {entry.name: entry for group in self._groups.values() for entry in group.files}
+
+    def put_group(
+        self,
+        group: str,
+        files: Mapping[str, Path],
+        scratch: Mapping[str, Path] | None = None,
+        note: Mapping[str, Any] | None = None,
+        hashes: Mapping[str, str] | None = None,
+    ) -> Group:
+        """Store local files under their names, then record them as `group` in one step.
+
+        Args:
+            scratch: further files that the commit removes.
+            note: JSON values to find again in `done_groups`.
+            hashes: SHA-256 (hex) of files whose hash is known already.
+        """
+        known = hashes or {}
+        kept = [self._put(path, name, known.get(name)) for name, path in files.items()]
+        passing = [self._put(path, name, known.get(name)) for name, path in (scratch or {}).items()]
+        return self._record(Group(name=group, files=kept, scratch=passing, note=dict(note or {})))
+
+    def adopt(self, group: Group) -> None:
+        """Count a group that another process of this run has put here."""
+        self._groups[group.name] = group
 
     def put_file(self, path: Path, name: str) -> FileEntry:
         """Store the file at `path` as `name` and record its size and SHA-256."""
-        entry = FileEntry(name=_checked_name(name), bytes=path.stat().st_size, sha256=sha256_of(path))
-        self._store.upload(path, self._at(name))
-        return self._record(entry)
+        return self.put_group(name, {name: path}).files[0]
 
     def put_bytes(self, data: bytes, name: str) -> FileEntry:
         """Store `data` as `name` and record its size and SHA-256."""
         entry = FileEntry(name=_checked_name(name), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         self._store.write_bytes(self._at(name), data)
-        return self._record(entry)
+        self._record(Group(name=name, files=[entry]))
+        return entry
 
     def put_tree(self, directory: Path, prefix: str = "") -> list[FileEntry]:
         """Store every file below `directory`, named ``prefix/relative/path``."""
@@ -140,14 +187,25 @@ class OutputDirectory:
             for path in paths
         ]
 
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        """Copy a stored file of this unfinished folder to `path`.
+
+        Raises:
+            IntegrityError: if its bytes differ from `entry`.
+        """
+        self._store.download(self._at(entry.name), path)
+        if sha256_of(path) != entry.sha256:
+            raise IntegrityError(
+                f"{self._at(entry.name)} differs from what was recorded of it (SHA-256 {entry.sha256[:12]}...)."
+                f" It is damaged: delete {self.uri} and rerun the stage."
+            )
+
     def commit(self, manifest: Manifest) -> Manifest:
-        """Write the manifest with all recorded files, and give up the marker."""
-        files = [self._entries[name] for name in sorted(self._entries)]
-        manifest = manifest.model_copy(update={"files": files})
+        """Write the manifest with all recorded files, and remove the marker, the records and the scratch files."""
+        entries = {entry.name: entry for group in self._groups.values() for entry in group.files}
+        manifest = manifest.model_copy(update={"files": [entries[name] for name in sorted(entries)]})
         self._store.write_bytes(self._at(MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
-        for name in [MARKER_NAME, *(_entry_name(entry) for entry in self._entries)]:
-            self._store.delete(self._at(name))
-        _prune_empty_folders(self.uri)
+        self._sweep(manifest)
         return manifest
 
     def abort(self) -> None:
@@ -157,15 +215,40 @@ class OutputDirectory:
     def _at(self, name: str) -> str:
         return join(self.uri, name)
 
-    def _record(self, entry: FileEntry) -> FileEntry:
-        self._entries[entry.name] = entry
-        self._store.write_bytes(self._at(_entry_name(entry.name)), entry.model_dump_json().encode())
+    def _put(self, path: Path, name: str, sha256: str | None) -> FileEntry:
+        entry = FileEntry(name=_checked_name(name), bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))
+        self._store.upload(path, self._at(name))
         return entry
 
-    def _read_entries(self) -> dict[str, FileEntry]:
-        records = [uri for uri in self._store.list_uris(self.uri) if "/_done/" in uri]
-        entries = (FileEntry.model_validate_json(self._store.read_bytes(uri)) for uri in records)
-        return {entry.name: entry for entry in entries if self._store.exists(self._at(entry.name))}
+    def _record(self, group: Group) -> Group:
+        self._groups[group.name] = group
+        name = f"_done/{hashlib.sha256(group.name.encode()).hexdigest()[:24]}.json"
+        self._store.write_bytes(self._at(name), group.model_dump_json().encode())
+        return group
+
+    def _stored(self) -> dict[str, str]:
+        """Addresses of everything in the folder by name."""
+        root = local_path(self.uri)
+        if root is None:
+            return {uri.removeprefix(f"{self.uri}/"): uri for uri in self._store.list_uris(self.uri)}
+        found = {uri: local_path(uri) for uri in self._store.list_uris(self.uri)}
+        return {path.relative_to(root).as_posix(): uri for uri, path in found.items() if path is not None}
+
+    def _read_groups(self) -> dict[str, Group]:
+        stored = self._stored()
+        records = [uri for name, uri in stored.items() if name.startswith("_done/")]
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            groups = [Group.model_validate_json(content) for content in pool.map(self._store.read_bytes, records)]
+        whole = (group for group in groups if all(each.name in stored for each in [*group.files, *group.scratch]))
+        return {group.name: group for group in sorted(whole, key=lambda group: group.name)}
+
+    def _sweep(self, manifest: Manifest) -> None:
+        """Remove what a commit leaves over; the marker goes last, so that a sweep that was cut off is done again."""
+        kept = {MANIFEST_NAME, MARKER_NAME, *(entry.name for entry in manifest.files)}
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            list(pool.map(self._store.delete, [uri for name, uri in self._stored().items() if name not in kept]))
+        self._store.delete(self._at(MARKER_NAME))
+        _prune_empty_folders(self.uri)
 
 
 class InputDirectory:
@@ -260,10 +343,6 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _entry_name(name: str) -> str:
-    return f"_done/{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
 
 
 def _checked_name(name: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from shellv_core.data.conversation import encode_captions, encode_conversations
 from shellv_core.data.samples import Conversation, Sample
 from shellv_core.errors import DataError
+from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,12 +108,14 @@ def tokenize_samples(
     max_length: int,
     tasks: Sequence[str] | None = None,
     on_sample: Callable[[], None] = lambda: None,
+    template: Template = TEMPLATES[DEFAULT_TEMPLATE],
 ) -> Examples:
     """Tokenize every conversation and caption of `samples`; images are numbered in their order.
 
     Args:
         samples: read once; their images are not kept.
         on_sample: called after each sample, for progress.
+        template: the model's (`template_of` its processor).
 
     Raises:
         DataError: if there is no conversation, one cannot be encoded, or image and image token do not go together.
@@ -140,7 +143,9 @@ def tokenize_samples(
     labels: list[np.ndarray] = []
     for start in range(0, len(conversations), TOKENIZE_AT_ONCE):
         chunk = conversations[start : start + TOKENIZE_AT_ONCE]
-        for ids, targets in encode_conversations(tokenizer, chunk, image_token_id, num_image_tokens, max_length):
+        for ids, targets in encode_conversations(
+            tokenizer, chunk, image_token_id, num_image_tokens, max_length, template
+        ):
             _check_image_tokens(ids, image_token_id, num_image_tokens, image_index[len(input_ids)], len(input_ids))
             input_ids.append(ids)
             labels.append(targets)

@@ -17,6 +17,7 @@ from shellv_core.data.shards import count_samples, read_shards, split_shards
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.progress import Progress
 from shellv_core.storage import InputDirectory
+from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, template_of
 from shellv_core.training.alignment import align_words
 from shellv_core.training.config import AlignmentConfig, TrainingConfig
 from shellv_core.training.examples import Examples, image_bytes, sample_conversations, tokenize_samples
@@ -75,6 +76,7 @@ def fit(
             config.max_length,
             config.tasks,
             counter.update,
+            template_of(processor),
         )
 
     def images() -> Iterator[bytes]:
@@ -118,13 +120,12 @@ def _align(
     return metrics
 
 
-def tokenizer_texts(samples: Iterable[Sample]) -> Iterator[str]:
+def tokenizer_texts(samples: Iterable[Sample], template: Template = TEMPLATES[DEFAULT_TEMPLATE]) -> Iterator[str]:
     """The texts that a new tokenizer learns from, as a model will see them."""
     for sample in samples:
         for conversation in sample_conversations(sample):
             for turn in conversation:
-                text = turn["value"].replace("<image>", "").strip()
-                yield f"USER: {text}" if turn["from"] == "human" else f" ASSISTANT: {text}"
+                yield template.learned_text(turn)
         if sample.caption:
             yield sample.caption
         for item in sample.hallucinated_captions:

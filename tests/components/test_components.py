@@ -52,9 +52,7 @@ def configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
             output = OutputDirectory((tmp_path / "output" / stage).as_uri(), "f" * 64)
             output.begin()
             output.put_bytes(b"<html></html>", "report.html")
-            output.commit(
-                Manifest(stage=stage, fingerprint="f" * 64, library_version="0", created_at="2026-01-01", config={})
-            )
+            output.commit(Manifest(stage=stage, fingerprint="f" * 64, library_version="0", config={}))
             return StageResult(
                 stage=stage,
                 output_uri=output.uri,

@@ -34,7 +34,7 @@ def commit(uri: str, work: Path, shift: int = 0) -> InputDirectory:
     ]
     shards = [replace(shard, num_samples=shard.num_samples + shift) for shard in shards]
     details = {"splits": {"train": {"num_samples": 3, "shards": [asdict(shard) for shard in shards]}}}
-    output.commit(Manifest(stage="t", fingerprint="f", library_version="0", created_at="", config={}, details=details))
+    output.commit(Manifest(stage="t", fingerprint="f", library_version="0", config={}, details=details))
     return InputDirectory(uri)
 
 

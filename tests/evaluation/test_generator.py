@@ -4,10 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
+from shellv_core.data.conversation import encode_conversation
 from shellv_core.errors import EvaluationError, ModelError
 from shellv_core.evaluation.answers import Prompt
 from shellv_core.evaluation.generator import LlavaGenerator
+from shellv_core.models.compose import build_model
+from shellv_core.templates import TEMPLATES
 from tests.evaluation.tiny_llava import build_tiny_llava, picture
+from tests.training.tiny import tiny_model_config
 
 QUESTIONS = ["is there a dog in the image ?", "is there a cat ?", "describe this image .", "a", "there is a bus on it"]
 
@@ -67,3 +71,16 @@ def test_weights_that_give_nan_are_refused(images):
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ModelError, match="not finite"):
         LlavaGenerator(model, processor).generate([Prompt("0.png", "a", 2)], images)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_begin_what_was_trained_and_answers_end_at_the_end_marker(name):
+    config = tiny_model_config().model_copy(update={"template": name})
+    model, processor = build_model(config, ["## human: ## assistant: |<end>| USER: [INST] a dog 12"] * 5, seed=0)
+    generator = LlavaGenerator(model, processor)
+    talk = [{"from": "human", "value": "<image>a dog ?"}, {"from": "gpt", "value": "/yes. a dog"}]
+    ids, labels = encode_conversation(processor.tokenizer, talk, processor.image_token_id, 1, 2000, TEMPLATES[name])
+    before, behind = generator._split("a dog ?")
+    answer = labels[labels >= 0].tolist()
+    assert [*before, processor.image_token_id, *behind, *answer] == ids.tolist()
+    assert generator._decode_tokens([*answer, *answer], set(generator.stop_ids.tolist())) == "/yes. a dog"

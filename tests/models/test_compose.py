@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from shellv_core.config import build_config
 from shellv_core.errors import ConfigError, ModelError
 from shellv_core.models.compose import build_model, calibrate_vision_tower, load_model, save_model
 from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
+from shellv_core.templates import IMAGE_TOKEN, TEMPLATES, special_tokens, template_of
+from tests.data.tiny_tokenizers import REAL
 from tests.training.tiny import CLIP, EFFICIENTNET, LANGUAGE_MODEL, tiny_model, tiny_model_config
 
 FILES = {
@@ -53,6 +56,25 @@ def test_saved_model_comes_back_equal(tmp_path, vision_tower, language_model):
         assert config.tie_word_embeddings == language_model.tie_word_embeddings
     tied = loaded.lm_head.weight.data_ptr() == loaded.get_input_embeddings().weight.data_ptr()
     assert tied == language_model.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_model_directory_carries_its_conversation_template(tmp_path, name):
+    config = tiny_model_config().model_copy(update={"template": name})
+    model, processor = build_model(config, ["a dog", "USER: ## assistant: user\n"], seed=0)
+    save_model(model, processor, tmp_path)
+
+    plain = AutoProcessor.from_pretrained(tmp_path)
+    assert template_of(plain) == TEMPLATES[name]
+    text = plain.apply_chat_template(QUESTION, add_generation_prompt=True)
+    asked = [{"from": "human", "value": "<image>Which color is it?"}, {"from": "gpt", "value": "red"}]
+    template = TEMPLATES[name].bound(plain.tokenizer)
+    assert text + template.answer_open + "red" + template.end == "".join(part.text for part in template.render(asked))
+    ends = load_model(tmp_path)[0].generation_config.eos_token_id
+    if name == "chatml":
+        assert ends == [plain.tokenizer.eos_token_id, plain.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    else:
+        assert ends == plain.tokenizer.eos_token_id
 
 
 def test_same_seed_same_model_and_random_state_untouched():
@@ -258,3 +280,19 @@ def test_model_answers_in_a_process_without_this_project(tmp_path, vision_tower)
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == expected.tolist()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no tokenizer of CodeShell beside the project")
+@pytest.mark.parametrize("name", ["shellv", "chatml"])
+def test_pretrained_tokenizer_gets_the_templates_tokens_and_keeps_its_own(tmp_path, name):
+    config = tiny_model_config().model_copy(
+        update={"template": name, "tokenizer": TokenizerConfig(pretrained=str(REAL))}
+    )
+    model, processor = build_model(config, seed=0)
+    save_model(model, processor, tmp_path)
+    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
+    added = (IMAGE_TOKEN, *TEMPLATES[name].special_tokens)
+    assert tokenizer.convert_tokens_to_ids(list(added)) == list(range(70020, 70020 + len(added)))
+    assert special_tokens(tokenizer) >= {*added, "<|endoftext|>", "<fim_pad>", "<|end|>"}
+    assert model.config.image_token_id == 70020
+    assert len(model.get_input_embeddings().weight) == 70020 + len(added)

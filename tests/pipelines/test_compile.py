@@ -10,7 +10,7 @@ import pytest
 import yaml
 from google.protobuf import json_format
 
-from pipelines.compile import COMPILED_PATH
+from pipelines.compile import PIPELINES, compiled_path
 from shellv_core.stages import STAGE_NAMES
 from shellv_core.stages.presets import PRESETS
 
@@ -32,10 +32,10 @@ PARAMETERS = {
 }
 
 
-def compiled(**environment: str) -> str:
-    """The compiled pipeline, from a process of its own: images are named when the components are imported."""
+def compiled(name: str = "shellv", **environment: str) -> str:
+    """A compiled pipeline, from a process of its own: images are named when the components are imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SHELLV_")}
-    program = "from pipelines.compile import compiled_yaml; print(compiled_yaml(), end='')"
+    program = f"from pipelines.compile import compiled_yaml; print(compiled_yaml({name!r}), end='')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,
@@ -50,7 +50,7 @@ def compiled(**environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def documents() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(COMPILED_PATH.read_text(encoding="utf-8")))
+    return list(yaml.safe_load_all(compiled_path("shellv").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,9 @@ def containers(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items()}
 
 
-def test_the_committed_file_is_what_the_source_compiles_to() -> None:
-    assert COMPILED_PATH.read_text(encoding="utf-8") == compiled(), "run `python -m pipelines compile`"
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_committed_file_is_what_the_source_compiles_to(name: str) -> None:
+    assert compiled_path(name).read_text(encoding="utf-8") == compiled(name), "run `python -m pipelines compile`"
 
 
 def test_compiling_is_deterministic() -> None:
@@ -103,8 +104,9 @@ def test_nothing_is_installed_at_run_time(containers: dict[str, dict[str, Any]])
         assert "pip" not in command.replace("pipeline", "")
 
 
-def test_the_file_is_small_and_runs_anywhere() -> None:
-    text = COMPILED_PATH.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_file_is_small_and_runs_anywhere(name: str) -> None:
+    text = compiled_path(name).read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES
     for placeholder in UNSUPPORTED_LOCALLY:
         assert placeholder not in text

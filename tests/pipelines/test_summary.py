@@ -14,9 +14,7 @@ CURL = "curl -s http://127.0.0.1:8000/v1/chat/completions -d @/home/me/.shellv/d
 
 def local_run(champion_version: str) -> LocalRun:
     def manifest(stage: str, details: dict[str, Any]) -> Manifest:
-        return Manifest(
-            stage=stage, fingerprint="f" * 64, library_version="0", created_at="", config={}, details=details
-        )
+        return Manifest(stage=stage, fingerprint="f" * 64, library_version="0", config={}, details=details)
 
     block = {"accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "yes_ratio": 0.5, "num_questions": 9, "num_unparsed": 0}
     promotion = {

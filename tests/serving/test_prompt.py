@@ -1,16 +1,31 @@
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from PIL import Image
 
+from shellv_core.data.conversation import IGNORE_INDEX, encode_conversation
 from shellv_core.serving.engine import ImagePart, Message, RequestError, TextPart
 from shellv_core.serving.prompt import PromptEncoder
+from shellv_core.templates import TEMPLATES
+from tests.training.tiny import tiny_model_config
 
 RED = Image.new("RGB", (50, 40), "red")
 
 
 def user(*parts):
     return Message("user", tuple(TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts))
+
+
+@cache
+def processor_with(name):
+    """A processor with the template `name`, and tokens such as ``:/`` and ``</`` that reach across what is joined."""
+    from shellv_core.models.compose import build_model
+
+    config = tiny_model_config().model_copy(update={"template": name})
+    texts = ["## human: ## assistant:/root |<end>| USER: [INST] a dog 12 </p> </b> x</i>"] * 5
+    return build_model(config, texts, seed=0)[1]
 
 
 def reference(processor, conversation, images):
@@ -81,3 +96,23 @@ def test_prompts_are_what_the_model_was_trained_on(tower):
     prompt = PromptEncoder(processor).encode([user(RED, question)])
     assert prompt.token_ids == input_ids[: np.argmax(labels != -100)].tolist()
     assert prompt.token_ids.count(token_id) == count
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("question", ["Where is it? ", "/root </s> |<end>| <image>", "狗 👍🏽"])
+@pytest.mark.parametrize("answer", ["yes </s> it is", "/root", "yes"])
+def test_prompt_begins_what_was_trained(name, question, answer):
+    """Prompts, with special tokens' texts and a turn before, are the ids up to the answer of a training example."""
+    processor = processor_with(name)
+    template = TEMPLATES[name]
+    image, num_image_tokens = processor.image_token_id, 4
+    asked = question.replace("<image>", "<image >")  # in training data this is the picture
+    talk = [{"from": "human", "value": f"<image>{asked}"}, {"from": "gpt", "value": answer}]
+    messages = [user(RED, asked)]
+    if not template.caption_only:
+        talk += [{"from": "human", "value": asked}, {"from": "gpt", "value": "yes"}]
+        messages += [Message("assistant", (TextPart(answer),)), user(asked)]
+    ids, labels = encode_conversation(processor.tokenizer, talk, image, num_image_tokens, 2000, template)
+    trained = labels != IGNORE_INDEX
+    (*_, last_answer) = (trained[1:] & ~trained[:-1]).nonzero()[0] + 1
+    assert PromptEncoder(processor).encode(messages).token_ids == ids[:last_answer].tolist()

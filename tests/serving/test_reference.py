@@ -13,7 +13,7 @@ def commit(uri, model_path):
     output = OutputDirectory(uri, "f")
     output.begin()
     output.put_tree(model_path, "model")
-    output.commit(Manifest(stage="t", fingerprint="f", library_version="0", created_at="", config={}))
+    output.commit(Manifest(stage="t", fingerprint="f", library_version="0", config={}))
 
 
 def test_every_way_to_name_a_model_gives_the_same_revision(tmp_path, model_path, store_uri):

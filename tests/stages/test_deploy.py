@@ -24,9 +24,7 @@ def commit(folder, name, fill):
     output = OutputDirectory((folder / name).as_uri(), name)
     output.begin()
     details = fill(output) or {}
-    output.commit(
-        Manifest(stage=name, fingerprint=name, library_version="0", created_at="", config={}, details=details)
-    )
+    output.commit(Manifest(stage=name, fingerprint=name, library_version="0", config={}, details=details))
     return output.uri
 
 

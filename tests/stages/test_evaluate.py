@@ -19,9 +19,7 @@ OBJECTS = (["dog"], ["cat", "dog"], ["car"], ["bus"], ["cat"], ["car", "bus"])
 
 
 def commit(output, stage, **details):
-    manifest = Manifest(
-        stage=stage, fingerprint=output.fingerprint, library_version="0", created_at="then", config={}, details=details
-    )
+    manifest = Manifest(stage=stage, fingerprint=output.fingerprint, library_version="0", config={}, details=details)
     output.commit(manifest)
     return output.uri
 

@@ -8,8 +8,9 @@ import pytest
 
 from shellv_core import storage
 from shellv_core.config import apply_overrides
-from shellv_core.data.config import LlavaSource, ScenesSource
+from shellv_core.data.config import ScenesSource
 from shellv_core.data.shards import read_shards
+from shellv_core.data.sources.config import LlavaSource
 from shellv_core.errors import ConfigError, DataError
 from shellv_core.stages.prepare_data import PrepareDataConfig, run
 from shellv_core.storage import InputDirectory
@@ -37,7 +38,7 @@ def llava_folder(tmp_path: Path) -> LlavaSource:
     rows.append({"id": "roles", "image": next(iter(photos)), "conversations": list(reversed(turns()))})
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(rows))
-    return LlavaSource(annotations=str(annotations), image_folder=str(images), max_rejected_fraction=0.5)
+    return LlavaSource(annotations=str(annotations), images=str(images))
 
 
 def test_scenes_make_a_complete_data_set(store_uri: str) -> None:
@@ -52,6 +53,10 @@ def test_scenes_make_a_complete_data_set(store_uri: str) -> None:
         *(f"benchmarks/pope/{split}.jsonl" for split in ("random", "popular", "adversarial")),
         "benchmarks/hal_eval/scenes.json",
         "benchmarks/chair/scenes.jsonl",
+        "index/train.parquet",
+        "index/validation.parquet",
+        "plan.json",
+        "rejected.jsonl",
     }
     splits = source.manifest.details["splits"]
     entries = {entry.name: entry for entry in source.files()}
@@ -73,7 +78,7 @@ def test_scenes_make_a_complete_data_set(store_uri: str) -> None:
 
 def test_good_rows_pass_and_bad_ones_are_accounted_for(store_uri: str, tmp_path: Path) -> None:
     llava = llava_folder(tmp_path)
-    result = run(PrepareDataConfig(output_uri=store_uri, llava=llava, samples_per_shard=4))
+    result = run(PrepareDataConfig(output_uri=store_uri, llava=llava, samples_per_shard=4, max_rejected_fraction=0.5))
     source = InputDirectory(store_uri)
     samples = list(read_shards(source, "train"))
     photos = three_photos()
@@ -90,29 +95,29 @@ def test_good_rows_pass_and_bad_ones_are_accounted_for(store_uri: str, tmp_path:
         "image truncated or corrupt": 1,
         "roles do not alternate human, gpt": 1,
     }
-    assert source.manifest.details["num_rows"] == 6
+    assert source.manifest.details["num_rows"] == {"llava": 6}
     assert result.metrics["num_rejected_rows"] == 3
 
 
 def test_too_many_bad_rows_fail_and_leave_nothing(store_uri: str, tmp_path: Path) -> None:
-    llava = llava_folder(tmp_path).model_copy(update={"max_rejected_fraction": 0.4})
+    llava = llava_folder(tmp_path)
     with pytest.raises(DataError) as caught:
-        run(PrepareDataConfig(output_uri=store_uri, llava=llava, samples_per_shard=2))
+        run(PrepareDataConfig(output_uri=store_uri, llava=llava, samples_per_shard=2, max_rejected_fraction=0.4))
     message = str(caught.value)
     assert "3 of 6 rows (50.0%) are bad" in message
-    assert "allowed are 40.0% (llava.max_rejected_fraction=0.4)" in message
+    assert "allowed are 40.0% (max_rejected_fraction=0.4)" in message
     assert f"{llava.annotations} row 1 (id 'cut'): image truncated or corrupt" in message
     assert storage.list_uris(store_uri) == []
 
 
 def test_all_faults_of_the_settings_come_at_once_before_any_work(tmp_path: Path) -> None:
-    llava = LlavaSource(annotations=str(tmp_path / "none.json"), image_folder=str(tmp_path / "nowhere"))
+    llava = LlavaSource(annotations=str(tmp_path / "none.json"), images=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"none\.json' is not a file.*nowhere' is not a folder"):
         run(PrepareDataConfig(output_uri=(tmp_path / "out").as_uri(), llava=llava))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no data source is given"):
         apply_overrides(PrepareDataConfig(scenes=SCENES), ["scenes=null"])
-    with pytest.raises(ConfigError, match=r"llava\.image_folder is required"):
+    with pytest.raises(ConfigError, match=r"llava\.images is required"):
         apply_overrides(PrepareDataConfig(scenes=SCENES), ["llava.annotations=x.json"])
     with pytest.raises(ConfigError, match="must not exceed num_validation"):
         apply_overrides(PrepareDataConfig(scenes=SCENES), ["scenes.benchmark_images=31"])
@@ -123,9 +128,9 @@ def test_all_faults_of_the_settings_come_at_once_before_any_work(tmp_path: Path)
 def test_mended_images_are_noticed(tmp_path: Path) -> None:
     llava = llava_folder(tmp_path)
     uri = (tmp_path / "out").as_uri() + "/{fingerprint}"
-    first = run(PrepareDataConfig(output_uri=uri, llava=llava))
-    assert run(PrepareDataConfig(output_uri=uri, llava=llava)).reused
+    first = run(PrepareDataConfig(output_uri=uri, llava=llava, max_rejected_fraction=0.5))
+    assert run(PrepareDataConfig(output_uri=uri, llava=llava, max_rejected_fraction=0.5)).reused
     (tmp_path / "images" / "truncated.jpg").write_bytes(photo_like_jpeg(9))
-    mended = run(PrepareDataConfig(output_uri=uri, llava=llava))
+    mended = run(PrepareDataConfig(output_uri=uri, llava=llava, max_rejected_fraction=0.5))
     assert mended.output_uri != first.output_uri
     assert mended.metrics["num_rejected_rows"] == 2

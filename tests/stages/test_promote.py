@@ -48,9 +48,7 @@ def make_evaluation(root, model_uri, num_right, data="data"):
 
 
 def manifest(output, stage, **values):
-    return Manifest(
-        stage=stage, fingerprint=output.fingerprint, library_version="0", created_at="then", config={}, **values
-    )
+    return Manifest(stage=stage, fingerprint=output.fingerprint, library_version="0", config={}, **values)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def data_uri(store_uri: str) -> str:
     output = storage.OutputDirectory(uri, "data")
     output.begin()
     output.put_bytes(b"ab", "in.txt")
-    output.commit(storage.Manifest(stage="d", fingerprint="data", library_version="0", created_at="", config={}))
+    output.commit(storage.Manifest(stage="d", fingerprint="data", library_version="0", config={}))
     return uri
 
 

@@ -39,7 +39,6 @@ def write_data(uri: str, samples: Sequence[Sample] | None = None) -> None:
             stage="prepare_data",
             fingerprint="0" * 64,
             library_version=shellv_core.__version__,
-            created_at="2024-01-01T00:00:00+00:00",
             config={},
             details={"splits": {"train": {"num_samples": shard.num_samples, "shards": [asdict(shard)]}}},
         )

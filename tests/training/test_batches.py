@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.errors import DataError
+from shellv_core.templates import TEMPLATES
 from shellv_core.training.batches import batch_images, count_label_tokens, make_batch, plan_epoch, steps_per_epoch
 from shellv_core.training.examples import Ragged, image_bytes, tokenize_samples
+from shellv_core.training.model import TrainingModel
 from tests.training.tiny import tiny_model, tiny_samples
 
 
@@ -51,6 +55,14 @@ def test_examples_number_conversations_and_images(examples):
     assert examples.image_index.tolist() == [*np.repeat(np.arange(8), 2), -1]
     assert examples.captions.lengths[4] == 0
     assert np.diff(examples.hallucinated_offsets).tolist() == [2, 1, 2, 1, 0, 1, 2, 1]
+
+
+def test_examples_follow_the_template(processor):
+    ids = processor.tokenizer, processor.image_token_id
+    shellv = tokenize_samples(tiny_samples(), *ids, 4, 400, template=TEMPLATES["shellv"])
+    text = processor.tokenizer.decode(shellv.input_ids.values[: shellv.input_ids.offsets[1]])
+    assert text.startswith("## system:You are a helpful assistant.")
+    assert "</s>## huaman:<image><image><image><image>\n" in text
 
 
 def test_batch_holds_what_its_rows_hold(processor, examples):
@@ -101,8 +113,6 @@ def test_hallucinated_captions_take_turns(processor, examples):
 
 
 def test_no_hallucinated_captions_at_all(processor):
-    from dataclasses import replace
-
     samples = [replace(sample, hallucinated_captions=()) for sample in tiny_samples()]
     examples = tokenize_samples(samples, processor.tokenizer, processor.image_token_id, 4, 256)
     batch = make_batch(examples, np.array([0, 2]), None, processor.image_token_id, 0, num_hallucinated=2)
@@ -111,8 +121,6 @@ def test_no_hallucinated_captions_at_all(processor):
 
 
 def test_image_and_its_token_go_together(processor):
-    from dataclasses import replace
-
     sample = tiny_samples(1, with_text_only=False)[0]
     blind = replace(sample, conversations=[{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}])
     imageless = replace(sample, image=None)
@@ -129,3 +137,34 @@ def test_moves_between_devices(processor, examples):
     assert moved.input_ids.is_meta
     assert moved.image_features.is_meta
     assert moved.contrast.text_ids.is_meta
+
+
+def test_ends_of_turns_are_attended_to_where_padding_is_end_of_text():
+    """Upstream hides them: its attention mask is what differs from padding."""
+    model, processor = tiny_model()
+    tokenizer = processor.tokenizer
+    samples = [
+        replace(tiny_samples()[-1], conversations=talk)
+        for talk in (
+            [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}],
+            [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "The red, the green."}] * 2,
+        )
+    ]
+    template = TEMPLATES["shellv"]
+    examples = tokenize_samples(samples, tokenizer, processor.image_token_id, 4, 250, template=template)
+    batch = make_batch(examples, np.array([0, 1]), None, processor.image_token_id, tokenizer.eos_token_id)
+    ids, labels = (
+        torch.from_numpy(ragged.values[ragged.offsets[1] :].astype(np.int64))[None]
+        for ragged in (examples.input_ids, examples.labels)
+    )
+    assert (ids == tokenizer.eos_token_id).sum() == 5
+    with torch.no_grad():
+        alone = make_batch(examples, np.array([0]), None, processor.image_token_id, tokenizer.eos_token_id)
+        both, short = (TrainingModel(model)(each).generation_loss_sum for each in (batch, alone))
+        seen = torch.ones_like(ids)
+        losses = [
+            model(input_ids=ids, attention_mask=mask, labels=labels).loss * (labels != IGNORE_INDEX).sum()
+            for mask in (seen, (ids != tokenizer.eos_token_id).long())
+        ]
+    torch.testing.assert_close(both - short, losses[0], rtol=1e-4, atol=1e-3)
+    assert abs(losses[0] - losses[1]) > 0.01

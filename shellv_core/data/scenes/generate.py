@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import os
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +13,6 @@ from shellv_core.data.scenes.scene import Scene, Split, sample_scene, scene_rng
 from shellv_core.data.scenes.statistics import training_company
 
 SOURCE = "scenes"
-_CHUNK = 64  # scenes per task of a worker process
 
 
 @dataclass(frozen=True)
@@ -68,43 +61,3 @@ def scene_sample(request: SceneRequest, index: int) -> tuple[bytes, dict[str, An
     """Return the JPEG and the record of scene `index`."""
     scene, record = scene_record(request, index)
     return render_jpeg(scene, request.config.image_size, request.config.jpeg_quality), record
-
-
-def _chunk(request: SceneRequest, indices: Iterable[int]) -> list[tuple[bytes, dict[str, Any]]]:
-    return [scene_sample(request, index) for index in indices]
-
-
-def scene_samples(
-    request: SceneRequest, start: int, stop: int, num_workers: int = 1
-) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield (JPEG, record) of scenes `start` to `stop` in order; the result does not depend on `num_workers`.
-
-    Args:
-        request: Which scenes.
-        start: First index.
-        stop: One past the last index.
-        num_workers: Processes to use.
-    """
-    if num_workers == 1 or stop - start <= _CHUNK:
-        for index in range(start, stop):
-            yield scene_sample(request, index)
-        return
-    chunks = [range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK)]
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        # Submitted in rounds, so that a slow consumer does not fill the memory.
-        for first in range(0, len(chunks), num_workers * 4):
-            current = chunks[first : first + num_workers * 4]
-            yield from itertools.chain.from_iterable(pool.map(_chunk, itertools.repeat(request), current))
-
-
-def _end_with_parent() -> None:
-    """Let a worker end when its parent was killed, which the pool itself does not do."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -99,10 +99,12 @@ class Source(ABC):
     Attributes:
         name: what the rows' provenance says, the address as the user gave it.
         prefix: begins the keys of its samples; letters and ``_`` only.
+        remote: whether reading an image waits for a network.
     """
 
     name: str
     prefix: str
+    remote: bool = False
 
     @abstractmethod
     def scan(self) -> Iterator[Mark]:

@@ -89,9 +89,10 @@ def sample_of(
     lies = hallucinated_captions_of(row)
     image: bytes | None = None
     image_format: ImageFormat = "jpg"
+    width = height = 0
     if image_name is not None:
         image = read(image_name)
-        image_format, _, _ = verified_image(image_name, image)
+        image_format, width, height = verified_image(image_name, image)
     row_id = id_of(row)
     return Sample(
         key=key,
@@ -103,6 +104,8 @@ def sample_of(
         caption=caption,
         hallucinated_captions=lies,
         image_source=image_name,
+        width=width,
+        height=height,
     )
 
 

@@ -59,6 +59,12 @@ def open_source(config: SourceConfig) -> Source:
     return WebDatasetRows(config)
 
 
+def is_remote(config: SourceConfig) -> bool:
+    """Whether reading an image of `config` waits for a network."""
+    addresses = (getattr(config, name, None) for name in ("images", "folder", "files", "tars"))
+    return any(str(address).startswith("s3://") for address in addresses)
+
+
 def faults(config: SourceConfig, where: str) -> list[str]:
     """Return a sentence for every address of `config` that cannot be used, within seconds and without opening it.
 
