@@ -166,11 +166,12 @@ def _insert(
     def fields(key: str, elements: Iterator[Any], names: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
         for position, element in enumerate(progress(elements, description=f"join {key}", unit="rows")):
             first, second = (element.get(name) if isinstance(element, dict) else None for name in names)
-            if not isinstance(first, int | str) or (second is None and key != "images"):
+            # A caption or a file name may be anything until its row is checked; ids are numbers or texts.
+            unchecked = names[1] in ("file_name", "caption")
+            kind = str if key == "categories" else int | str
+            if not isinstance(first, int | str) or not (unchecked or isinstance(second, kind)):
                 raise DataError(f"{address} is not COCO's: {key} row {position} lacks {' or '.join(names)}.")
-            # A caption may be anything until its row is checked; ids are numbers or texts.
-            text = names[1] in ("file_name", "caption")
-            yield first, json.dumps(second) if text else second
+            yield first, json.dumps(second) if unchecked else second
 
     def handle(key: str, elements: Iterator[Any]) -> bool:
         if key in missing:

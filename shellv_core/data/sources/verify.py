@@ -38,22 +38,6 @@ def verified_image(name: str, data: bytes) -> tuple[ImageFormat, int, int]:
     return _jpeg(name, data) if data.startswith(_JPEG) else _by_pil(name, data)
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Return width and height in pixels of an image that `verified_image` has passed, from its header alone."""
-    import simplejpeg
-    from PIL import Image
-
-    if data.startswith(_JPEG):
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        except (ValueError, KeyError):
-            pass
-        else:
-            return width, height
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
-
-
 def _jpeg(name: str, data: bytes) -> tuple[ImageFormat, int, int]:
     import simplejpeg
 

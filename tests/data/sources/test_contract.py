@@ -45,6 +45,7 @@ def test_every_row_becomes_a_sample(made: SourceConfig) -> None:
         name = list(images)[number]
         assert (sample.key, sample.source) == (f"{made.prefix}-{position:09d}", source.name)
         assert sample.image_format == ("png" if name.endswith(".png") else "jpg")
+        assert (sample.width, sample.height) == (24, 16)
         assert sample.conversations[1]["value"].startswith(caption(number))
         assert sample.conversations[0]["value"].count("<image>") == 1
         assert (sample.caption or caption(number)).startswith(caption(number))
