@@ -21,7 +21,7 @@ from tests.data.photos import photo_like_jpeg
 SCENES = {"num_train": 40, "num_validation": 30, "benchmark_images": 8}
 
 
-def prepared(folder: Path, seed: int = 0, num_workers: int = 1, **settings: Any) -> InputDirectory:
+def prepared(folder: Path, /, seed: int = 0, num_workers: int = 1, **settings: Any) -> InputDirectory:
     """What the settings make of their sources, committed at `folder`."""
     config = build_config(DataConfig, settings)
     output = OutputDirectory(folder.as_uri(), "f")

@@ -27,7 +27,7 @@ from shellv_core.errors import DataError
 from shellv_core.progress import progress
 
 _TABLES = """
-CREATE TABLE images (position INTEGER PRIMARY KEY, id UNIQUE, file_name);
+CREATE TABLE images (position INTEGER PRIMARY KEY, id UNIQUE, file_name);  -- positions from 1
 CREATE TABLE captions (image_id, caption);
 CREATE TABLE categories (id PRIMARY KEY, name) WITHOUT ROWID;
 CREATE TABLE objects (image_id, category_id);
@@ -68,7 +68,7 @@ class CocoRows(Source):
         connection = sqlite3.connect(f"{self._database.as_uri()}?mode=ro", uri=True)
         try:
             images = connection.execute(
-                "SELECT id, file_name FROM images WHERE position >= ? ORDER BY position", (cursor,)
+                "SELECT id, file_name FROM images WHERE position > ? ORDER BY position", (cursor,)
             )
             for image_id, file_name in images:
                 captions = connection.execute(
@@ -151,7 +151,6 @@ def _join(database: Path, captions: tuple[str, Path], instances: tuple[str, Path
                 raise DataError(
                     f"{address}: annotations name {[item for (item,) in strangers]}, which {listed!r} does not list."
                 )
-        connection.execute("UPDATE images SET position = position - (SELECT min(position) FROM images)")
         connection.commit()
     finally:
         connection.close()
@@ -167,11 +166,12 @@ def _insert(
     def fields(key: str, elements: Iterator[Any], names: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
         for position, element in enumerate(progress(elements, description=f"join {key}", unit="rows")):
             first, second = (element.get(name) if isinstance(element, dict) else None for name in names)
-            if not isinstance(first, int | str) or (second is None and key != "images"):
+            # A caption or a file name may be anything until its row is checked; ids are numbers or texts.
+            unchecked = names[1] in ("file_name", "caption")
+            kind = str if key == "categories" else int | str
+            if not isinstance(first, int | str) or not (unchecked or isinstance(second, kind)):
                 raise DataError(f"{address} is not COCO's: {key} row {position} lacks {' or '.join(names)}.")
-            # A caption may be anything until its row is checked; ids are numbers or texts.
-            text = names[1] in ("file_name", "caption")
-            yield first, json.dumps(second) if text else second
+            yield first, json.dumps(second) if unchecked else second
 
     def handle(key: str, elements: Iterator[Any]) -> bool:
         if key in missing:

@@ -102,7 +102,7 @@ def _walk(folder: Path, below: str, start: list[str]) -> Iterator[tuple[str, str
         kinds = {
             entry.name: entry.is_dir(follow_symlinks=False)
             for entry in entries
-            if not entry.name.startswith(".") and (entry.is_file() or entry.is_dir(follow_symlinks=False))
+            if not entry.name.startswith(".") and not (entry.is_symlink() and entry.is_dir())
         }
     found: list[tuple[str, str | None]] = [(name, None) for name, is_folder in kinds.items() if is_folder]
     found += _pairs([name for name, is_folder in kinds.items() if not is_folder])

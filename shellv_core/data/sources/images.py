@@ -121,7 +121,9 @@ class _Members:
     """Name -> five numbers of an archive's members, in a file: a list of a million names needs no memory."""
 
     def __init__(self, blob: Blob, kind: str, members: Iterable[tuple[str, int, int, int, int, int]]) -> None:
-        self._path = cached([blob.address, blob.version], kind, lambda path: self._build(path, members))
+        path = local(blob.address)
+        place = blob.address if path is None else str(path.absolute())
+        self._path = cached([place, blob.version], kind, lambda path: self._build(path, members))
         self._thread = threading.local()
 
     @staticmethod

@@ -83,6 +83,8 @@ def faults(config: SourceConfig, where: str) -> list[str]:
 
 def _fault(name: str, address: str) -> str:
     """Return the rest of a sentence that begins with the setting, "" where nothing is wrong."""
+    if not address:
+        return " is empty; give a path or URI"
     is_file = name in ("annotations", "captions", "instances")
     try:
         archive, _, _ = archive_of(address) if name == "images" else ("", "", "")

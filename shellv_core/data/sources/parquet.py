@@ -13,6 +13,7 @@ from shellv_core.data.samples import Sample
 from shellv_core.data.sources.base import BadRowError, Cursor, Mark, Source
 from shellv_core.data.sources.blobs import Blob, cached, find_files, local, open_blob
 from shellv_core.data.sources.checks import (
+    check_unicode,
     checked_captions,
     checked_turns,
     conversations_about,
@@ -269,6 +270,8 @@ def _turns(found: Any) -> Any:
     if not isinstance(found, str):
         return found
     try:
-        return json.loads(found)
+        turns = json.loads(found)
     except (ValueError, RecursionError) as error:
         raise BadRowError("record unreadable", f"conversations: {error}") from None
+    check_unicode(json.dumps(turns, ensure_ascii=False))
+    return turns

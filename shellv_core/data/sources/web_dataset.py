@@ -160,8 +160,17 @@ def _more(
         objects = tuple(SampleObject(**item) for item in record.get("objects") or ())
     except TypeError as error:
         raise BadRowError("record unreadable", f"more_conversations, tasks or objects: {error}") from None
+    if not all(_is_object(item) for item in objects):
+        raise BadRowError("record unreadable", f"objects: {str(record['objects'])[:60]!r}")
     for conversation in more:
         check_image_tokens(conversation, has_image)
     if tasks and len(tasks) != 1 + len(more):
         raise BadRowError("record unreadable", f"{len(tasks)} tasks for {1 + len(more)} conversations")
     return more, tasks, objects
+
+
+def _is_object(item: SampleObject) -> bool:
+    texts = isinstance(item.category, str) and all(
+        each is None or isinstance(each, str) for each in (item.color, item.event)
+    )
+    return texts and isinstance(item.count, int) and 0 < item.count < 1 << 31

@@ -45,6 +45,7 @@ def test_every_row_becomes_a_sample(made: SourceConfig) -> None:
         name = list(images)[number]
         assert (sample.key, sample.source) == (f"{made.prefix}-{position:09d}", source.name)
         assert sample.image_format == ("png" if name.endswith(".png") else "jpg")
+        assert (sample.width, sample.height) == (24, 16)
         assert sample.conversations[1]["value"].startswith(caption(number))
         assert sample.conversations[0]["value"].count("<image>") == 1
         assert (sample.caption or caption(number)).startswith(caption(number))
@@ -116,6 +117,7 @@ def test_missing_addresses_are_all_named(made: SourceConfig, bucket_uri: str) ->
         assert f"data.{name}={value!r}" in fault
     remote = faults(made.model_copy(update=dict.fromkeys(gone, "s3://no-such-bucket/x/y.zip")), "data")
     assert len(remote) == len(gone)
+    assert len(faults(made.model_copy(update=dict.fromkeys(gone, "")), "data")) == len(gone)
 
 
 def test_only_known_reasons_can_be_given() -> None:

@@ -106,6 +106,15 @@ def test_an_archive_is_listed_once_for_each_version(tmp_path: Path) -> None:
         assert len(list(lists.iterdir())) == 2 * count + 2
 
 
+def test_an_archive_can_be_opened_many_times_at_once(tmp_path: Path) -> None:
+    for kind in ("tar", "zip"):
+        path = str(write(kind, tmp_path / "set", images_named(400)))
+        with ThreadPoolExecutor(6) as pool:
+            stores = list(pool.map(lambda _, path=path: open_images(path), range(6)))
+            assert {store.read("plain.jpg") for store in stores} == {IMAGES["plain.jpg"]}
+    assert len(list((home() / "cache" / "sources").iterdir())) == 2
+
+
 def test_of_two_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
     path = tmp_path / "set.tar"
     write_tar(path, {"a.jpg": b"old", "b.jpg": b"x"})
