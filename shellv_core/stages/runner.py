@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 FINGERPRINT_PLACEHOLDER = "{fingerprint}"
 FINGERPRINT_DIGITS = 16
-RECORDED_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "webdataset", "numpy", "pillow", "mlflow-skinny")
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "pillow", "mlflow-skinny")
 
 
 class StageConfig(Config):

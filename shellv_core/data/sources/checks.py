@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from shellv_core.data.samples import HALLUCINATION_TYPES, IMAGE_TOKEN, Conversation, HallucinatedCaption, Sample
 from shellv_core.data.sources.base import BadRowError
 from shellv_core.data.sources.verify import ImageFormat, verified_image
@@ -30,7 +32,11 @@ _SAYING = ("id", "image", "conversations", "caption", _HACL_CAPTION, "hallucinat
 
 def identity_of(saying: Any) -> bytes:
     """Return 16 bytes of a hash of a JSON value; equal for equal values."""
-    return hashlib.sha256(json.dumps(saying, sort_keys=True).encode()).digest()[:16]
+    try:
+        text = orjson.dumps(saying, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # lone surrogates and integers of more than 64 bits
+        text = json.dumps(saying, sort_keys=True).encode()
+    return hashlib.sha256(text).digest()[:16]
 
 
 def row_identity(row: Any) -> bytes:
@@ -47,7 +53,10 @@ def checked_object(row: Any) -> Mapping[str, Any]:
     """Return `row` if it is a JSON object whose texts can be written as UTF-8, or raise `BadRowError`."""
     if not isinstance(row, dict):
         raise BadRowError("row is not an object", f"{type(row).__name__} {str(row)[:60]!r}")
-    check_unicode(json.dumps(row, ensure_ascii=False))
+    try:
+        orjson.dumps(row)
+    except TypeError:
+        check_unicode(json.dumps(row, ensure_ascii=False))
     return row
 
 

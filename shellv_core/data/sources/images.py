@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import struct
@@ -20,6 +21,8 @@ from shellv_core.progress import progress
 from shellv_core.storage import join, read_bytes
 
 _ARCHIVE = re.compile(r"(.*?\.(zip|tar))(?:/(.*))?", re.IGNORECASE | re.DOTALL)
+# Most names, at a tenth of the cost of a path's parts.
+_PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*", re.ASCII)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # a zip member's own header: magic, length of its name and of its extra field
 _SPARE_BYTES = 256  # read beyond a zip member, whose own header may be longer than the directory tells
 
@@ -69,6 +72,8 @@ def archive_of(address: str) -> tuple[str, str, str]:
 
 def checked_name(name: str) -> str:
     """Return `name` without ``.`` and doubled slashes, or raise `BadRowError` if it is not a path below the images."""
+    if _PLAIN_NAME.fullmatch(name):
+        return name
     parts = PurePosixPath(name).parts
     if not parts or name.startswith(("/", "\\")) or ".." in parts or "://" in name or "\0" in name:
         raise BadRowError("image path leaves the image folder", repr(name))
@@ -79,12 +84,15 @@ class FolderImages:
     """Images below a local folder."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._root = f"{path}/"
 
     def read(self, name: str) -> bytes:
         """Return the bytes of image `name`."""
+        # Plain strings: for small images a Path costs as much as the reading.
+        address = self._root + checked_name(name)
         try:
-            return (self._path / checked_name(name)).read_bytes()
+            with open(address, "rb") as file:  # noqa: PTH123
+                return file.read()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadRowError("image file missing", repr(name)) from None
         except (OSError, UnicodeEncodeError) as error:
@@ -93,7 +101,7 @@ class FolderImages:
     def stamp(self, name: str) -> bytes:
         """Return size and modification time."""
         try:
-            status = (self._path / name).stat()
+            status = os.stat(self._root + name)  # noqa: PTH116
         except (OSError, ValueError):
             return b""
         return b"%d-%d" % (status.st_size, status.st_mtime_ns)
