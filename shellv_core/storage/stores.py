@@ -176,9 +176,6 @@ class S3Store:
                     max_pool_connections=MAX_CONNECTIONS,
                     retries={"mode": "standard", "total_max_attempts": attempts},
                     s3={"addressing_style": "path" if self.endpoint else "auto"},
-                    # Several S3-compatible services reject the newer default checksums; manifests carry SHA-256.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
                 ),
             )
 
@@ -332,6 +329,9 @@ def _client_error(where: str, uri: str, error: Any) -> StorageError:
             f"{where}: the S3 service is overloaded or failing ({status} {code}) and was so at every retry. Look at its"
             " log, or rerun with less load."
         )
+    if code in ("NotImplemented", "InvalidArgument", "XAmzContentSHA256Mismatch"):
+        hint = "A service that knows no checksums of uploads needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
+        return StorageError(f"{where}: {error}. {hint}")
     return StorageError(f"{where}: {error}")
 
 

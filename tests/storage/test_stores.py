@@ -132,3 +132,16 @@ def test_a_version_follows_the_content(store_uri: str) -> None:
     assert storage.status(f"{store_uri}/a").version != first.version
     with pytest.raises(ObjectNotFoundError):
         storage.status(f"{store_uri}/none")
+
+
+def test_the_service_checks_what_is_uploaded(bucket_uri: str, tmp_path: Path) -> None:
+    import boto3
+
+    (tmp_path / "file").write_bytes(b"file")
+    storage.write_bytes(f"{bucket_uri}/bytes", b"bytes")
+    storage.upload(tmp_path / "file", f"{bucket_uri}/file")
+    bucket, _, prefix = bucket_uri.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", region_name="us-east-1")
+    for name in ("bytes", "file"):
+        head = client.head_object(Bucket=bucket, Key=f"{prefix}/{name}", ChecksumMode="ENABLED")
+        assert head["ChecksumCRC32"], name
