@@ -11,7 +11,10 @@ import pytest
 from shellv_core.cli import COMMANDS, STAGE_HELP
 from shellv_core.stages import STAGE_NAMES
 
-HEAVY = ("torch", "transformers", "mlflow", "gradio", "fastapi", "kfp", "boto3", "webdataset", "numpy", "PIL", "scipy")
+HEAVY = (
+    "torch", "transformers", "mlflow", "gradio", "fastapi", "kfp", "boto3", "numpy", "PIL", "scipy", "pyarrow", "spacy",
+    "sklearn", "simplejpeg", "openai",
+)  # fmt: skip
 SMALL_DATA = ("--preset", "smoke", "scenes.num_train=24", "scenes.num_validation=24", "scenes.benchmark_images=8")
 
 
@@ -38,7 +41,7 @@ def one_paragraph(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_verbs_are_frozen() -> None:
     assert set(STAGE_HELP) == set(STAGE_NAMES)
-    assert set(COMMANDS) == {"score", "serve", "chat"}
+    assert set(COMMANDS) == {"data", "score", "serve", "chat"}
 
 
 @pytest.mark.parametrize("verb", [*STAGE_NAMES, *COMMANDS])
