@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 NO_IMAGE = -1
 IGNORE_INDEX = -100
 READ_AHEAD_STEPS = 8
+READ_AHEAD_PACKS = 32  # at least
 TooLong = Literal["error", "cut", "leave_out"]
 
 
@@ -247,18 +248,18 @@ class PackedLoader:
         import torch
 
         encoded = self.encoder([document.conversation for document in documents], self.num_image_tokens)
-        rows: dict[tuple[int, int], int] = {}
-        images: list[torch.Tensor] = []
-        image_index: list[int] = []
         for document, (input_ids, _) in zip(documents, encoded, strict=True):
             self._check(document, input_ids)
-            if document.image is None:
-                image_index.append(NO_IMAGE)
-                continue
-            if document.image not in rows:
-                rows[document.image] = len(images)
-                images.append(self._decode(document.sample))
-            image_index.append(rows[document.image])
+        rows: dict[tuple[int, int], int] = {}
+        image_index = [
+            NO_IMAGE if document.image is None else rows.setdefault(document.image, len(rows)) for document in documents
+        ]
+        images = torch.empty(len(rows), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        decoded: set[int] = set()
+        for row, document in zip(image_index, documents, strict=True):
+            if row != NO_IMAGE and row not in decoded:
+                decoded.add(row)
+                images[row] = self._decode(document.sample)
         parts = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
         position_ids, borders = document_layout(np.asarray([len(ids) for ids, _ in parts], dtype=np.int64))
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
@@ -268,9 +269,7 @@ class PackedLoader:
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(position_ids),
             cu_seqlens=torch.from_numpy(borders),
-            images=torch.stack(images)
-            if images
-            else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            images=images,
             image_index=torch.tensor(image_index, dtype=torch.int64),
             keys=tuple(document.sample.key for document in documents),
             documents=torch.tensor([document.number for document in documents], dtype=torch.int64),
@@ -332,7 +331,7 @@ class _Prefetch:
         self._units = plan.units[self._numbers]
         # Units by the position of the first pack that needs them.
         self._to_read = deque(np.sort(np.unique(self._units, return_index=True)[1]).tolist())
-        self._read_ahead = READ_AHEAD_STEPS * -(-plan.global_batch // loader.world_size)
+        self._read_ahead = max(READ_AHEAD_PACKS, READ_AHEAD_STEPS * plan.global_batch // loader.world_size)
         self._build_ahead = 2 * loader.num_workers
         self._read: dict[int, Future[dict[int, list[_Document]]]] = {}
         self._built: deque[Future[PackedBatch]] = deque()
