@@ -23,7 +23,7 @@ from shellv_core.data.encoder import ConversationEncoder
 from shellv_core.data.lengths import ConversationLengths, conversation_lengths, image_token_fault
 from shellv_core.data.packing import PLAN_VERSION, EpochPlan, check_lengths, document_layout, plan_epoch
 from shellv_core.data.reader import SplitReader
-from shellv_core.data.samples import Conversation, Sample
+from shellv_core.data.samples import Conversation, HallucinatedCaption, Sample
 from shellv_core.errors import ConfigError, DataError
 from shellv_core.logs import get_logger
 
@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 NO_IMAGE = -1
 IGNORE_INDEX = -100
 READ_AHEAD_STEPS = 8
+READ_AHEAD_PACKS = 32  # at least
 TooLong = Literal["error", "cut", "leave_out"]
 
 
@@ -60,6 +61,8 @@ class PackedBatch:
         position_ids: int64 (T,), from 0 in each document.
         cu_seqlens: int32 (D + 1,), borders of the documents, 0 and T included.
         images: uint8 (I, 3, image_size, image_size), for `decode.normalize`.
+        captions: I true captions; None where the sample has none.
+        hallucinated: I rows of hallucinated captions; empty where there are none.
         image_index: int64 (D,), the document's row in `images`, -1 for text. Documents may share an image.
         keys: D keys of the samples.
         documents: int64 (D,), numbers of the documents in the loader's sources.
@@ -71,8 +74,19 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     images: torch.Tensor
     image_index: torch.Tensor
+    captions: tuple[str | None, ...]
+    hallucinated: tuple[tuple[HallucinatedCaption, ...], ...]
     keys: tuple[str, ...]
     documents: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PackedBatch:
+        """Copy to `device`."""
+        return PackedBatch(
+            **{
+                name: value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+                for name, value in vars(self).items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -247,18 +261,14 @@ class PackedLoader:
         import torch
 
         encoded = self.encoder([document.conversation for document in documents], self.num_image_tokens)
-        rows: dict[tuple[int, int], int] = {}
-        images: list[torch.Tensor] = []
-        image_index: list[int] = []
         for document, (input_ids, _) in zip(documents, encoded, strict=True):
             self._check(document, input_ids)
-            if document.image is None:
-                image_index.append(NO_IMAGE)
-                continue
-            if document.image not in rows:
-                rows[document.image] = len(images)
-                images.append(self._decode(document.sample))
-            image_index.append(rows[document.image])
+        shown = {document.image: document.sample for document in documents if document.image is not None}
+        row_of_image = {image: row for row, image in enumerate(shown)}
+        images = torch.empty(len(shown), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for row, sample in enumerate(shown.values()):
+            images[row] = self._decode(sample)
+        image_index = [NO_IMAGE if document.image is None else row_of_image[document.image] for document in documents]
         parts = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
         position_ids, borders = document_layout(np.asarray([len(ids) for ids, _ in parts], dtype=np.int64))
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
@@ -268,10 +278,10 @@ class PackedLoader:
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(position_ids),
             cu_seqlens=torch.from_numpy(borders),
-            images=torch.stack(images)
-            if images
-            else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            images=images,
             image_index=torch.tensor(image_index, dtype=torch.int64),
+            captions=tuple(sample.caption for sample in shown.values()),
+            hallucinated=tuple(sample.hallucinated_captions for sample in shown.values()),
             keys=tuple(document.sample.key for document in documents),
             documents=torch.tensor([document.number for document in documents], dtype=torch.int64),
         )
@@ -332,8 +342,9 @@ class _Prefetch:
         self._units = plan.units[self._numbers]
         # Units by the position of the first pack that needs them.
         self._to_read = deque(np.sort(np.unique(self._units, return_index=True)[1]).tolist())
-        self._read_ahead = READ_AHEAD_STEPS * -(-plan.global_batch // loader.world_size)
         self._build_ahead = 2 * loader.num_workers
+        ahead = READ_AHEAD_STEPS * plan.global_batch // loader.world_size
+        self._read_ahead = self._build_ahead + max(READ_AHEAD_PACKS, ahead)
         self._read: dict[int, Future[dict[int, list[_Document]]]] = {}
         self._built: deque[Future[PackedBatch]] = deque()
         self._position = 0  # of the next pack to hand to a builder

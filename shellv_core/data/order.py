@@ -2,8 +2,8 @@
 
 Samples that lie side by side are cheap to read together and bad to train on together. So an epoch shuffles small blocks
 of neighbours, deals them to lanes, and in each lane holds a window of blocks at a time, whose documents it spreads so
-that those of one block lie as far apart as they can. A lane feeds one place in every global batch, so the ranks that
-share a batch read different blocks. Only the blocks of the open windows must be in memory.
+that those of one block lie as far apart as they can. A lane always feeds the same place in the global batch, so the
+ranks that share a batch read different blocks. Only the blocks of the open windows must be in memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_SAMPLES = 8
-WINDOW_DOCUMENTS = 8192  # of all lanes together
-LANE_WINDOW_DOCUMENTS = 512  # of one lane, at least
+BLOCK_SAMPLES = 16
+NUM_LANES = 16  # at least, where there are documents enough
+WINDOW_DOCUMENTS = 1024  # of one lane
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ def sample_counts(sizes: Sequence[int], weights: Sequence[float] | None, total: 
     return [int(count) for count in counts]
 
 
-def epoch_blocks(
-    sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: int, block_samples: int = BLOCK_SAMPLES
-) -> Blocks:
+def epoch_blocks(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: int) -> Blocks:
     """The shuffled blocks of an epoch.
 
     A source is an endless stream of passes, each of which has every sample once in a fresh order of fresh blocks. An
@@ -80,7 +78,7 @@ def epoch_blocks(
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         first, end = epoch * count, (epoch + 1) * count
         for number in range(first // size if count else 0, -(-end // size) if count else 0):
-            start, stop = _pass_blocks(size, block_samples, np.random.default_rng([seed, 0, source, number]))
+            start, stop = _pass_blocks(size, np.random.default_rng([seed, 0, source, number]))
             start, stop = _cut(start, stop, first - number * size, end - number * size)
             parts.append((source, start, stop))
     sources = np.concatenate([np.full(len(start), source, dtype=np.int64) for source, start, _ in parts] or [_NONE])
@@ -90,10 +88,12 @@ def epoch_blocks(
     return Blocks(sources[order], starts[order], stops[order])
 
 
-def num_lanes(num_documents: int, global_batch: int, lane_documents: int = LANE_WINDOW_DOCUMENTS) -> int:
-    """The most lanes, a divisor of `global_batch`, of which each still has a window of documents."""
-    limit = max(1, num_documents // lane_documents)
-    return max(number for number in range(1, global_batch + 1) if global_batch % number == 0 and number <= limit)
+def num_lanes(num_documents: int, global_batch: int) -> int:
+    """How many lanes an epoch has: a multiple of `global_batch`, or a divisor where there are few documents."""
+    limit = max(1, num_documents // WINDOW_DOCUMENTS)
+    multiples = range(global_batch, max(global_batch, NUM_LANES) + global_batch, global_batch)
+    divisors = [number for number in range(1, global_batch) if global_batch % number == 0]
+    return max(number for number in [*divisors, *multiples, 1] if number <= limit)
 
 
 def spread_documents(
@@ -102,8 +102,6 @@ def spread_documents(
     lanes: int,
     seed: int,
     epoch: int,
-    window_documents: int = WINDOW_DOCUMENTS,
-    lane_documents: int = LANE_WINDOW_DOCUMENTS,
 ) -> DocumentOrder:
     """Deal blocks to lanes, cut the lanes into windows and spread the documents of each window.
 
@@ -121,7 +119,7 @@ def spread_documents(
     lane_of_block = np.arange(len(blocks)) % lanes
     order = np.argsort(lane_of_block, kind="stable")
     first, count, lane_of_block = first[order], (last - first)[order], lane_of_block[order]
-    unit_of_block = _units(count, lane_of_block, lanes, max(lane_documents, window_documents // lanes))
+    unit_of_block = _units(count, lane_of_block, lanes, WINDOW_DOCUMENTS)
 
     block = np.repeat(np.arange(len(count)), count)
     ends = np.cumsum(count)
@@ -145,10 +143,10 @@ def spread_documents(
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def _pass_blocks(size: int, block_samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _pass_blocks(size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     # Blocks begin elsewhere in each pass, so that neighbours do not meet in every one.
-    phase = int(generator.integers(block_samples))
-    edges = np.unique(np.concatenate([[0, size], np.arange(phase, size, block_samples)]))
+    phase = int(generator.integers(BLOCK_SAMPLES))
+    edges = np.unique(np.concatenate([[0, size], np.arange(phase, size, BLOCK_SAMPLES)]))
     order = generator.permutation(len(edges) - 1)
     return edges[:-1][order], edges[1:][order]
 

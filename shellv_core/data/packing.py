@@ -178,7 +178,7 @@ def plan_epoch(
         for documents, packs, shuffled, _ in parts
         for number in shuffled
     ]
-    # Lane l feeds place l of every step; lanes end within a few steps of each other.
+    # The lanes take turns; they end within a few steps of each other.
     final = np.lexsort((lane_of_pack, rank))
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(pieces[number]) for number in final], out=offsets[1:])

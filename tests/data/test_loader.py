@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import random
 from collections import Counter
@@ -11,17 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from shellv_core.data.decode import decode_image
+from shellv_core.data.decode import decode_image, normalize, padding_color
+from shellv_core.data.encoder import ConversationEncoder
 from shellv_core.data.lengths import IDENTITY_DETAIL, conversation_lengths
 from shellv_core.data.loader import IGNORE_INDEX, NO_IMAGE, PackedBatch, PackedLoader, Source
 from shellv_core.data.reader import SplitReader
 from shellv_core.data.samples import Sample
-from shellv_core.errors import ConfigError, DataError
+from shellv_core.errors import ConfigError, DataError, IntegrityError
+from shellv_core.models.compose import num_image_tokens
 from shellv_core.storage import InputDirectory, Manifest
 from tests.data.byte_tokenizer import byte_encoder
 from tests.data.shard_folder import random_samples, shard_folder
 from tests.storage.faulty_proxy import Faults, FaultyProxy
+from tests.training.tiny import CLIP, tiny_model
 
 SAMPLES = random_samples(90, seed=5)
 OTHERS = random_samples(30, seed=6, prefix="o")
@@ -89,6 +95,8 @@ def test_an_epoch_holds_every_conversation_once_as_it_is_encoded(reader: SplitRe
                     assert row == NO_IMAGE
                 else:
                     assert torch.equal(pack.images[row], decode_image(sample.image, 16, GRAY))
+                    assert pack.captions[row] == sample.caption
+                    assert pack.hallucinated[row] == sample.hallucinated_captions
     expected_count = Counter(
         (sample.key, ids.astype(np.int64).tobytes())
         for sample in SAMPLES
@@ -107,11 +115,44 @@ def test_documents_share_the_image_of_their_sample(folder: Path, tmp_path: Path)
     assert len(pack.images) == 1
 
 
+def test_a_model_sees_in_a_pack_what_it_sees_alone(folder: Path) -> None:
+    """Logits of a real LLaVA model with packed documents and their images are those of each document by itself."""
+    model, processor = tiny_model(CLIP, samples=SAMPLES)
+    model.eval()
+    tokenizer, settings = processor.tokenizer, processor.image_processor
+    encoder = ConversationEncoder(tokenizer, model.config.image_token_id)
+    with SplitReader(InputDirectory((folder / "main").as_uri()), "train") as reader, torch.no_grad():
+        loader = PackedLoader(
+            [Source(reader)], encoder, num_image_tokens=num_image_tokens(model), image_size=28,
+            padding=padding_color(settings.image_mean), max_length=250, global_batch=4, seed=0, too_long="leave_out",
+        )  # fmt: skip
+        pack = next(pack for packs in loader for pack in packs if 2 <= len(pack.images) < len(pack.keys))
+        values = normalize(pack.images, settings.image_mean, settings.image_std)
+        packed = model(
+            input_ids=pack.input_ids[None],
+            pixel_values=values[pack.image_index[pack.image_index != NO_IMAGE]],
+            position_ids=pack.position_ids[None],
+            use_cache=False,
+        ).logits[0]
+        by_key = {sample.key: sample for sample in SAMPLES}
+        for number, (start, stop) in enumerate(itertools.pairwise(pack.cu_seqlens.tolist())):
+            image = by_key[pack.keys[number]].image
+            pictures = None
+            if image is not None:
+                picture = Image.open(io.BytesIO(image)).convert("RGB")
+                pictures = settings(images=[picture], return_tensors="pt")["pixel_values"]
+            alone = model(input_ids=pack.input_ids[None, start:stop], pixel_values=pictures, use_cache=False).logits[0]
+            # The picture's decoding differs by a rounding here and there.
+            assert (packed[start:stop] - alone).abs().max() < 0.02 * alone.std()
+            assert (packed[start:stop].argmax(-1) == alone.argmax(-1)).float().mean() > 0.95
+
+
 def test_what_comes_out_does_not_depend_on_workers(reader: SplitReader) -> None:
-    one, four = (list(make_loader(reader, num_workers=number)) for number in (1, 4))
-    assert len(one) == len(four) > 3
-    for first, second in zip(one, four, strict=True):
-        assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    one, *others = (list(make_loader(reader, num_workers=number)) for number in (1, 4, 40))
+    assert len(one) > 3
+    for other in others:
+        for first, second in zip(one, other, strict=True):
+            assert all(equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_stopped_anywhere_twenty_times_the_epochs_are_whole(reader: SplitReader) -> None:
@@ -273,6 +314,16 @@ def test_a_bad_conversation_and_a_bad_image_have_an_address(tmp_path: Path) -> N
     without = [{"from": "human", "value": "no picture?"}, {"from": "gpt", "value": "no"}]
     with pytest.raises(DataError, match=r"'s-000002' \(bytes .* holds 0 image tokens, 1 are expected"):
         loader_of(replace(SAMPLES[2], conversations=without, more_conversations=()))
+
+
+def test_a_damaged_shard_stops_iteration_by_name(tmp_path: Path) -> None:
+    source = shard_folder((tmp_path / "data").as_uri(), tmp_path / "work", {"train": SAMPLES})
+    with SplitReader(source, "train") as reader:
+        loader = make_loader(reader)
+        path = tmp_path / "data" / "train" / "train-000002.tar"
+        path.write_bytes(path.read_bytes()[: int(reader.index.offset[70])])
+        with pytest.raises(IntegrityError, match=r"train-000002.tar: sample 's-0000\d\d' .* is damaged in store"):
+            list(loader)
 
 
 def test_iteration_can_be_left_and_taken_up(reader: SplitReader) -> None:

@@ -131,18 +131,32 @@ def test_an_epoch_through_a_faulty_network_is_complete(
             assert reader.statistics.requests == proxy.counts["requests"] - reader.statistics.retries
 
 
-def test_a_network_that_always_cuts_is_given_up_on(
-    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [(Faults(cut=1), "broke off"), (Faults(refused=1), "overloaded or failing"), (Faults(reset=1), "does not answer")],
+)
+def test_a_network_that_always_fails_is_given_up_on(
+    bucket_uri: str, monkeypatch: pytest.MonkeyPatch, faults: Faults, message: str
 ) -> None:
     storage.write_bytes(f"{bucket_uri}/x", b"0123456789" * 1000)
-    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], Faults(cut=1)) as proxy:
+    monkeypatch.setattr("shellv_core.storage.stores.FIRST_DELAY_SECONDS", 0.001)
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], faults) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        with pytest.raises(StorageUnreachableError, match="broke off"):
+        with pytest.raises(StorageUnreachableError, match=message):
             storage.read_range(f"{bucket_uri}/x", 0, 100)
         assert proxy.counts["requests"] == READ_ATTEMPTS
-        with pytest.raises(StorageUnreachableError, match="broke off"):
-            storage.download(f"{bucket_uri}/x", tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
+
+
+def test_an_answer_that_stalls_is_asked_for_again(bucket_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{bucket_uri}/x", b"0123456789" * 1000)
+    monkeypatch.setattr("shellv_core.storage.stores.READ_TIMEOUT_SECONDS", 0.3)
+    retries: list[int] = []
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], Faults(stalls=2, stall_seconds=1.5, seed=3)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = storage.open_store(bucket_uri)
+        for _ in range(20):
+            assert store.read_range(f"{bucket_uri}/x", 0, 100, retries.append) == b"0123456789" * 10
+        assert proxy.counts["stall"] == len(retries) == 2
 
 
 def test_downloads_survive_a_faulty_network(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from shellv_core.data.samples import HallucinatedCaption, Sample, SampleObject
 from shellv_core.data.shards import count_samples, read_shards, shard_name, write_shard
 from shellv_core.errors import DataError, IntegrityError
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
+from tests.data.shard_folder import shard_folder
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cät."}]
 SAMPLES = [
@@ -74,6 +75,14 @@ def test_damage_is_an_error_and_never_a_loss(tmp_path: Path) -> None:
 def test_a_wrong_count_is_an_error(tmp_path: Path) -> None:
     source = commit((tmp_path / "data").as_uri(), tmp_path / "work", shift=1)
     with pytest.raises(DataError, match="holds 2 samples, its manifest says 3"):
+        list(read_shards(source, "train"))
+
+
+def test_an_index_that_counts_differently_is_an_error(tmp_path: Path) -> None:
+    source = shard_folder((tmp_path / "data").as_uri(), tmp_path / "work", {"train": SAMPLES})
+    assert list(read_shards(source, "train")) == SAMPLES
+    source.manifest.details["splits"]["train"]["shards"][0]["num_samples"] = 4
+    with pytest.raises(DataError, match="the index of 'train' has 3 samples, the manifest says 4"):
         list(read_shards(source, "train"))
 
 
