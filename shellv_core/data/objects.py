@@ -199,4 +199,6 @@ def _build_phrases() -> dict[str, str]:
 
 
 _PHRASES = _build_phrases()
+# Every word or phrase that names a COCO class, in singular and plural.
+COCO_PHRASES: frozenset[str] = frozenset(phrase for phrase, category in _PHRASES.items() if category != _NO_CLASS)
 _MAX_WORDS = max(phrase.count(" ") for phrase in _PHRASES) + 1
