@@ -16,7 +16,7 @@ from pathlib import Path
 from shellv_core.data.objects import COCO_PHRASES
 
 # Lexicographer files (WordNet's own numbering) of what can be seen.
-_NOUN_FILES = {5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 18: "person", 20: "plant"}
+_NOUN_FILES = {3: "top", 5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 18: "person", 20: "plant"}
 _WORD = re.compile(r"[a-z]{3,13}")
 _SHORT = 6  # letters up to which a noun that WordNet's texts do not use is likely in common use
 _NEEDED = frozenset(word for phrase in COCO_PHRASES for word in phrase.split())

@@ -1,0 +1,496 @@
+"""Rules that give, for one parsed caption, all the lies that the word tables and the corpus suggest.
+
+Every rule proposes; `balance` chooses among the proposals, `filtering` rejects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shellv_core.data.hallucination.config import RewriteType
+from shellv_core.data.hallucination.grammar import Edit, apply_edits, inflect
+from shellv_core.data.hallucination.lexicon import (
+    ASYMMETRIC,
+    COLORS,
+    CONTRARY_PREPOSITIONS,
+    FIXED_ADJECTIVES,
+    FIXED_PHRASES,
+    MANY,
+    NUMBERS,
+    STATIVE,
+    gender,
+    load_lexicon,
+)
+from shellv_core.data.hallucination.parsed import ParsedCaption, Unit, lemma_of
+from shellv_core.data.hallucination.statistics import (
+    CorpusStatistics,
+    Event,
+    EventPhrase,
+    Vocabulary,
+    event_phrases,
+    events,
+    frame,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible rewrite.
+
+    Attributes:
+        text: The lie.
+        truth: The true sentence that it stands against.
+        original: Changed words of `truth`.
+        replacement: Changed words of `text`.
+        log_weight: How well it fits its place and the corpus; higher is more likely to be chosen.
+        rule: Which rule made it.
+    """
+
+    text: str
+    truth: str
+    original: str
+    replacement: str
+    log_weight: float
+    rule: str
+
+
+class Rules:
+    """The proposals of all four types, given the corpus."""
+
+    def __init__(self, statistics: CorpusStatistics, num_candidates: int, seed: int) -> None:
+        self._statistics = statistics
+        self._vocabulary = Vocabulary(statistics)
+        self._lexicon = load_lexicon()
+        self._num_candidates = num_candidates
+        self._seed = seed
+        self._rules = {
+            "object": (self._objects,),
+            "attribute": (self._adjectives, self._cardinals, self._renumbered, self._told_attributes),
+            "relation": (self._prepositions, self._verbs, self._exchanges),
+            "event": (self._replaced_events, self._second_events, self._onlookers),
+        }
+
+    def propose(self, caption: ParsedCaption, kind: RewriteType) -> list[Candidate]:
+        """Up to `num_candidates` rewrites of type `kind`, the best by weight, in a fixed order."""
+        found: dict[tuple[str, str], Candidate] = {}
+        for rule in self._rules[kind]:
+            for candidate in rule(caption):
+                known = found.get((candidate.text, candidate.truth))
+                if known is None or known.log_weight < candidate.log_weight:
+                    found[candidate.text, candidate.truth] = candidate
+        ordered = sorted(found.values(), key=lambda item: (-item.log_weight, item.text))
+        return ordered[: self._num_candidates]
+
+    # objects
+
+    def _objects(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        for unit in caption.units:
+            if not self._replaceable(caption, unit):
+                continue
+            left, right = caption.left(unit.start), caption.right(unit.end)
+            left = "a" if left == "an" else left
+            others = [item.lemma for item in caption.units if item != unit]
+            for phrase, lemma, count in self._alternatives(unit):
+                if not self._is_absent(caption, unit, lemma):
+                    continue
+                words = phrase.split(" ")
+                weight = self._statistics.log_context(left, words[0], words[-1], right)
+                weight += math.log(count / (self._statistics.words[words[0]] + 1.0)) if len(words) > 1 else 0.0
+                weight += 0.7 * self._statistics.log_together(lemma, others)
+                weight += 0.8 * self._lexicon.nearness(lemma, unit.lemma)
+                yield self._edited(caption, [(*caption.span(unit.start, unit.end), phrase)], weight, "co-hyponym")
+
+    def _replaceable(self, caption: ParsedCaption, unit: Unit) -> bool:
+        token = caption.doc[unit.head]
+        if token.dep_ in ("npadvmod", "compound", "nmod", "amod") or token.nbor(-1).text == "-" if token.i else False:
+            return False
+        if unit.end < len(caption.words) and caption.words[unit.end] in ("-", "'s", "'"):
+            return False
+        return not (unit.kind == "person" and unit.lemma == "person" and "each" in caption.pronouns)
+
+    def _alternatives(self, unit: Unit) -> Iterator[tuple[str, str, int]]:
+        kinds = [unit.kind]
+        if unit.lemma in ("person", "people", "someone"):
+            kinds = ["animal"]
+        elif unit.kind in ("vessel", "indoor", "accessory", "paper", "device", "sport", "bedding"):
+            kinds = ["vessel", "indoor", "accessory", "paper", "device", "sport"]
+        seen = set()
+        for kind in kinds:
+            for item in self._vocabulary.units[kind, unit.plural]:
+                seen.add(item[1])
+                yield item
+        if " " not in unit.lemma:
+            for word in list(self._lexicon.siblings(unit.lemma))[:6]:
+                if word not in seen and self._lexicon.kind(word):
+                    yield inflect(word, "NNS") if unit.plural else word, word, 1
+
+    def _is_absent(self, caption: ParsedCaption, unit: Unit, lemma: str) -> bool:
+        """Whether the new thing is not in the image, by all that is known."""
+        if self._lexicon.may_be_same(unit.lemma, lemma):
+            return False
+        last = lemma.rsplit(" ", 1)[-1]
+        if last in caption.lemmas or lemma in caption.lemmas or last in caption.other_words:
+            return False
+        own, category = self._lexicon.category(unit.lemma), self._lexicon.category(lemma)
+        if category and category in caption.known_categories and (category != own or own != "person"):
+            return False
+        sexes = {"m": {"his", "he", "him", "himself"}, "f": {"her", "she", "hers", "herself"}}
+        if gender(unit.lemma) and sexes[gender(unit.lemma)] & caption.pronouns:
+            return gender(lemma) == gender(unit.lemma)
+        return all(not self._lexicon.may_be_same(item.lemma, lemma) for item in caption.units if item != unit)
+
+    # attributes
+
+    def _adjectives(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        for token in caption.doc:
+            word = token.lower_
+            contrary = self._lexicon.contrary_adjectives(word)
+            if not contrary or token.dep_ not in ("amod", "acomp", "compound", "conj", "nmod", "ccomp", "ROOT"):
+                continue
+            if token.pos_ not in ("ADJ", "VERB", "NOUN", "PROPN") or token.tag_ in ("VBZ", "VBP", "NNS"):
+                continue
+            following = caption.right(token.i + 1)
+            if token.pos_ in ("NOUN", "PROPN") and (token.dep_ != "compound" or following == "of"):
+                continue
+            if word in FIXED_ADJECTIVES or (word, following) in FIXED_PHRASES or "-" in (
+                following,
+                caption.left(token.i),
+            ):
+                continue
+            if word in COLORS and token.dep_ == "conj" and caption.left(token.i) == "and":
+                continue
+            for other in contrary:
+                if other in caption.words or other in caption.other_words or (other, following) in FIXED_PHRASES:
+                    continue
+                count = self._statistics.adjectives[other]
+                weight = self._statistics.log_context(caption.left(token.i), other, other, following)
+                weight += 0.0 if count else -3.0
+                yield self._edited(caption, [(*caption.span(token.i, token.i + 1), other)], weight, "adjective")
+
+    def _cardinals(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        for token in caption.doc:
+            if token.lower_ not in NUMBERS or token.dep_ != "nummod" or token.head.tag_ != "NNS":
+                continue
+            if token.i + 1 >= len(caption.words) or caption.words[token.i + 1] in ("-", "story", "way", "door"):
+                continue
+            for other in NUMBERS:
+                if other != token.lower_ and other not in caption.other_words:
+                    following = caption.right(token.i + 1)
+                    weight = self._statistics.log_context(caption.left(token.i), other, other, following)
+                    yield self._edited(caption, [(*caption.span(token.i, token.i + 1), other)], weight, "number")
+
+    def _renumbered(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """One thing becomes several, several become one, with all words that agree."""
+        if caption.pronouns:
+            return
+        for unit in caption.units:
+            token = caption.doc[unit.head]
+            if token.dep_ in ("dobj", "conj", "npadvmod", "compound") or (
+                token.dep_ == "pobj" and token.head.lower_ not in ("of", "with")
+            ):
+                continue
+            if unit.plural and token.dep_ == "pobj":
+                continue
+            if any(child.dep_ in ("conj", "cc", "appos", "relcl") for child in token.children):
+                continue
+            agreement = self._agreement(caption, unit, token)
+            if agreement is None:
+                continue
+            start = caption.noun_phrase_start(unit)
+            first = caption.words[start]
+            noun_span = caption.span(unit.head, unit.end)
+            if not unit.plural and first in ("a", "an") and token.tag_ == "NN":
+                form = inflect(unit.lemma, "NNS").split(" ")[-1]
+                if form == caption.words[unit.head] or unit.kind in ("drink", "place", "room"):
+                    continue
+                for number in ("two", "three", "several", "four", "some"):
+                    if number in caption.other_words:
+                        continue
+                    following = caption.right(start + 1) if start + 1 != unit.head else form
+                    weight = self._statistics.log_context(caption.left(start), number, number, following)
+                    weight += self._statistics.log_context(following, form, form, caption.right(unit.end)) / 2
+                    edits = [(*caption.span(start, start + 1), number), (*noun_span, form), *agreement]
+                    yield self._edited(caption, edits, weight, "one to several")
+            elif unit.plural and (first in NUMBERS or first in MANY or first == "some" or start == unit.start):
+                form = "person" if unit.lemma == "people" else unit.lemma.split(" ")[-1]
+                if form == caption.words[unit.head] and form != "sheep":
+                    continue
+                edits = [(*noun_span, form), *agreement]
+                if start == unit.start:
+                    begin = caption.span(start, start + 1)[0]
+                    edits[0] = (begin, noun_span[1], f"a {caption.text[begin : noun_span[0]]}{form}".lower())
+                else:
+                    edits.append((*caption.span(start, start + 1), "a"))
+                weight = self._statistics.log_context(caption.left(start), "a", form, caption.right(unit.end))
+                yield self._edited(caption, edits, weight, "several to one")
+
+    def _agreement(self, caption: ParsedCaption, unit: Unit, token: Any) -> list[Edit] | None:
+        """Edits that make the verb agree with the other number; None where that cannot be told."""
+        verb = token.head if token.dep_ in ("nsubj", "nsubjpass") else None
+        if verb is None:
+            finite = [item for item in caption.doc if item.tag_ in ("VBZ", "VBP") and item.i > unit.head]
+            return None if any(item.head.i == unit.head or item.dep_ == "ROOT" for item in finite) else []
+        finite = [verb, *(child for child in verb.children if child.dep_ in ("aux", "auxpass"))]
+        edits = []
+        swapped = {"is": "are", "are": "is", "has": "have", "have": "has", "was": "were", "were": "was"}
+        for item in finite:
+            if item.lower_ in swapped:
+                edits.append((*caption.span(item.i, item.i + 1), swapped[item.lower_]))
+            elif item.tag_ in ("VBZ", "VBP"):
+                form = inflect(lemma_of(item), "VBZ" if unit.plural else "VBP")
+                edits.append((*caption.span(item.i, item.i + 1), form))
+        conjoined = any(
+            item.tag_ in ("VBZ", "VBP") and item.dep_ in ("conj", "advcl", "ccomp", "relcl") for item in caption.doc
+        )
+        return None if conjoined else edits
+
+    def _told_attributes(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """A color is put before a thing whose true color is known; the truth is extended by the true one."""
+        for unit in caption.units:
+            start = caption.noun_phrase_start(unit)
+            if any(caption.doc[index].dep_ == "amod" for index in range(start, unit.start)):
+                continue
+            told = self._told_color(caption, unit)
+            if not told:
+                continue
+            position = caption.span(unit.start, unit.end)[0]
+            truth, _, _ = apply_edits(caption.text, [(position, position, f"{told} ")])
+            for other in sorted(self._lexicon.contrary_adjectives(told) & COLORS - caption.other_words):
+                weight = self._statistics.log_context(caption.left(unit.start), other, other, unit.phrase.split(" ")[0])
+                text, _, _ = apply_edits(caption.text, [(position, position, f"{other} ")])
+                yield Candidate(text, truth, told, other, weight, "told color")
+
+    def _told_color(self, caption: ParsedCaption, unit: Unit) -> str:
+        category = self._lexicon.category(unit.lemma)
+        colors = {item.color for item in caption.caption.objects if category and item.category == category}
+        if len(colors) == 1:
+            return colors.pop() or ""
+        phrase = unit.phrase.split(" ")[0]
+        told = set()
+        for text in caption.caption.other_captions:
+            words = text.lower().replace(",", " ").replace(".", " ").split()
+            told.update(word for word, after in zip(words, words[1:], strict=False) if after == phrase and word in COLORS)
+        return told.pop() if len(told) == 1 else ""
+
+    # relations
+
+    def _prepositions(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        position = 0
+        while position < len(caption.words):
+            size = self._preposition_at(caption, position)
+            if not size:
+                position += 1
+                continue
+            phrase = " ".join(caption.words[position : position + size])
+            last = caption.doc[position + size - 1]
+            for other in self._contrary_prepositions(caption, phrase, position, last):
+                words = other.split(" ")
+                right = caption.right(position + size)
+                weight = self._statistics.log_context(caption.left(position), words[0], words[-1], right)
+                for before, after in zip(words, words[1:], strict=False):
+                    seen = self._statistics.bigrams[f"{before} {after}"] + 0.5
+                    weight += math.log(seen / (self._statistics.words[before] + 5.0))
+                span = caption.span(position, position + size)
+                yield self._edited(caption, [(*span, other)], weight, "preposition")
+            position += size
+
+    def _preposition_at(self, caption: ParsedCaption, position: int) -> int:
+        for size in range(min(5, len(caption.words) - position), 0, -1):
+            if " ".join(caption.words[position : position + size]) in CONTRARY_PREPOSITIONS:
+                return size
+        return 0
+
+    def _contrary_prepositions(self, caption: ParsedCaption, phrase: str, position: int, last: Any) -> list[str]:
+        if phrase in ("on the left", "on the right", "in the background", "in the foreground"):
+            return list(CONTRARY_PREPOSITIONS[phrase])
+        if last.tag_ not in ("IN", "RP", "TO") or position == 0:
+            return []
+        place = next((child for child in last.children if child.dep_ == "pobj"), None)
+        if last.tag_ == "RP" or phrase in ("up", "down"):
+            verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide")
+            head = last.head
+            return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
+        unit = caption.unit_at(place.i) if place is not None else None
+        if unit is None or unit.kind == "clothing":
+            return []
+        first = caption.doc[position]
+        head = first.head
+        while head.dep_ in ("prep", "advmod") and head.i >= position:
+            head = head.head
+        if head.pos_ == "VERB" and lemma_of(head) in ("cover", "fill", "make", "play", "top", "dress", "look"):
+            return []
+        options = list(CONTRARY_PREPOSITIONS[phrase])
+        if phrase in ("in", "inside", "at", "on") and unit.kind in ("place", "room", "building", "plant"):
+            allowed = {"outside", "next to", "near", "behind", "beside", "in front of", "outside of", "far from"}
+            allowed = allowed if phrase != "on" else {"next to", "near", "beside", "above", "under"}
+            options = [item for item in options if item in allowed]
+        if phrase == "on" and unit.lemma in ("phone", "cell phone", "cellphone", "tv", "television", "computer", "wall"):
+            options = [item for item in options if item in ("next to", "behind", "near")]
+        if unit.kind != "vessel":
+            options = [item for item in options if (phrase, item) not in (("on", "in"), ("in", "on"))]
+        return options
+
+    def _verbs(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        present = [lemma_of(verb) for verb in caption.verbs()]
+        for verb in caption.verbs():
+            lemma = lemma_of(verb)
+            follows, kind = frame(caption, verb)
+            if lemma in STATIVE or not follows or verb.dep_ in ("aux", "xcomp"):
+                continue
+            for other, form, count in self._vocabulary.verbs[verb.tag_]:
+                if self._statistics.frames[f"{other}|{follows}|{kind}"] < 1:
+                    continue
+                if not all(self._lexicon.contrary_verb(item, other) for item in present):
+                    continue
+                right = caption.right(verb.i + 1)
+                weight = self._statistics.log_context(caption.left(verb.i), form, form, right)
+                weight += 0.5 * math.log(self._statistics.frames[f"{other}|{follows}|{kind}"] / count)
+                span = caption.span(verb.i, verb.i + 1)
+                yield self._edited(caption, [(*span, form)], weight, "verb")
+
+    def _exchanges(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """Two things change places around a relation that is not symmetric."""
+        if caption.pronouns:
+            return
+        for unit in caption.units:
+            head = caption.doc[unit.head]
+            relation, first = self._relation_of(caption, head)
+            other = caption.unit_at(first.i) if first is not None else None
+            if other is None or not relation or other.end > unit.start:
+                continue
+            if unit.plural != other.plural and any(token.tag_ in ("VBZ", "VBP") for token in caption.doc):
+                continue
+            if self._lexicon.may_be_same(unit.lemma, other.lemma) or "clothing" in (unit.kind, other.kind):
+                continue
+            spans = [caption.span(caption.noun_phrase_start(item), item.end) for item in (other, unit)]
+            phrases = [caption.text[start:end] for start, end in spans]
+            if spans[0][0] == 0:
+                phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
+            seen = self._statistics.relations[f"{unit.kind}|{relation}|{other.kind}"]
+            total = self._statistics.relations[f"{other.kind}|{relation}|{unit.kind}"]
+            weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
+            text, original, replacement = apply_edits(
+                caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])]
+            )
+            yield Candidate(text, caption.text, original, replacement, weight, "exchange")
+
+    def _relation_of(self, caption: ParsedCaption, head: Any) -> tuple[str, Any]:
+        if head.dep_ == "dobj" and head.head.pos_ == "VERB" and lemma_of(head.head) not in STATIVE:
+            return lemma_of(head.head), caption.subject(head.head)
+        if head.dep_ == "pobj" and head.head.lower_ in ASYMMETRIC:
+            first = head.head.head
+            if first.pos_ in ("VERB", "AUX"):
+                subjects = [child for child in first.children if child.dep_ == "nsubj"]
+                return head.head.lower_, subjects[0] if subjects else caption.subject(first)
+            return head.head.lower_, first
+        return "", None
+
+    # events
+
+    def _replaced_events(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """The caption's own event is told in a phrase at the end; the lie tells another one there."""
+        if any(events(other) for other in caption.others):
+            return
+        for item in event_phrases(caption)[-2:]:
+            subject = caption.unit_at(item.subject.i)
+            if subject is None:
+                continue
+            for event in self._events_elsewhere(caption, subject, item):
+                for style, share in _EVENT_STYLES:
+                    if style.startswith(" who") and subject.kind != "person":
+                        continue
+                    form = style.replace("are", "are" if subject.plural else "is")
+                    truth, lie = (_appended(item.remainder, form + phrase) for phrase in (item.phrase, event.phrase))
+                    size = len(event.phrase.split()) - len(item.phrase.split())
+                    lift = self._statistics.log_together(event.subject, [subject.lemma])
+                    weight = math.log(share) + 0.5 * lift - 0.3 * abs(size) + 0.5 * self._fit(caption, event)
+                    yield Candidate(lie, truth, item.phrase, event.phrase, weight, "event in its place")
+
+    def _second_events(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """An event that another caption of the image tells is added; the lie adds one of another picture."""
+        own = [event.sentence for other in caption.others for event in events(other)]
+        own = [sentence for sentence in own if sentence.lower() not in caption.text.lower()]
+        for sentence in own[:3]:
+            for event in self._sampled(caption, self._statistics.events):
+                if not self._is_elsewhere(caption, event):
+                    continue
+                truth, lie = (_appended(caption.text, f", while {item}") for item in (sentence, event.sentence))
+                weight = self._fit(caption, event) - 0.3 * abs(len(event.sentence.split()) - len(sentence.split()))
+                yield Candidate(lie, truth, f"while {sentence}", f"while {event.sentence}", weight, "second event")
+
+    def _onlookers(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """Of every picture it is true that somebody photographs what it shows, and false of what it does not show."""
+        shown = {unit.kind for unit in caption.units if unit.kind in _LABELS}
+        shown |= {self._lexicon.kind(category) for category in caption.known_categories}
+        if not shown:
+            return
+        own = [unit for unit in caption.units if unit.kind in _LABELS]
+        if not own:
+            return
+        label = _LABELS[own[0].kind]
+        for kind, other in _LABELS.items():
+            if kind in shown or other in {_LABELS.get(item, "") for item in shown} or other in caption.words:
+                continue
+            for frame_words in _ONLOOKERS:
+                truth, lie = (_appended(caption.text, f"{frame_words} the {name}") for name in (label, other))
+                words = frame_words.strip(" ,")
+                weight = -6.0 + 0.3 * math.log(1 + sum(self._statistics.lemmas[item] for item in (other,)))
+                yield Candidate(lie, truth, f"{words} the {label}", f"{words} the {other}", weight, "onlooker")
+
+    def _events_elsewhere(self, caption: ParsedCaption, subject: Unit, item: EventPhrase) -> list[Event]:
+        found = [
+            event
+            for event in self._sampled(caption, self._vocabulary.events[subject.kind])
+            if self._is_elsewhere(caption, event)
+            and self._lexicon.contrary_verb(event.verb, item.verb)
+            and abs(len(event.phrase.split()) - len(item.phrase.split())) <= 4
+        ]
+        return found[:40]
+
+    def _is_elsewhere(self, caption: ParsedCaption, event: Event) -> bool:
+        """Whether the event is not in the image, by all that is known."""
+        if event.nouns and all(noun in caption.lemmas for noun in event.nouns):
+            return False
+        captions = (caption, *caption.others)
+        return all(event.verb != lemma_of(verb) for item in captions for verb in item.verbs())
+
+    def _fit(self, caption: ParsedCaption, event: Event) -> float:
+        own = [unit.lemma for unit in caption.units]
+        lifts = [self._statistics.log_together(noun, own) for noun in event.nouns if noun not in own]
+        return sum(lifts) / len(lifts) if lifts else 0.0
+
+    def _sampled(self, caption: ParsedCaption, pool: list[Event], size: int = 160) -> list[Event]:
+        if len(pool) <= size:
+            return pool
+        digest = hashlib.sha256(f"{self._seed}\0{caption.text}".encode()).digest()
+        start = int.from_bytes(digest[:4], "big") % len(pool)
+        step = max(1, len(pool) // size)
+        return [pool[(start + index * step) % len(pool)] for index in range(size)]
+
+    def _edited(self, caption: ParsedCaption, edits: list[Edit], weight: float, rule: str) -> Candidate:
+        text, original, replacement = apply_edits(caption.text, edits)
+        return Candidate(text, caption.text, original, replacement, weight, rule)
+
+
+_EVENT_STYLES = ((", ", 0.6), (" seen ", 0.1), (", pictured ", 0.1), (" who are ", 0.2))
+_ONLOOKERS = (
+    ", as someone takes a picture of",
+    ", while someone photographs",
+    ", with someone taking a photo of",
+    ", as a camera is pointed at",
+)
+_LABELS = {
+    "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room",
+    "building": "building", "furniture": "furniture", "place": "landscape", "plant": "plant",
+}  # fmt: skip
+
+
+def _appended(text: str, addition: str) -> str:
+    """`text` with words before its closing full stop."""
+    body = text.rstrip(" .!")
+    closing = text[len(body) :].replace(" ", "")[:1]
+    return f"{body}{addition}{closing}"
