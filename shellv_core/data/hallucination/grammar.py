@@ -141,6 +141,14 @@ def wrong_articles(text: str) -> int:
 Edit = tuple[int, int, str]  # text[start:end] is replaced by the string
 
 
+def _in_case_of(old: str, new: str, is_first: bool) -> str:
+    if old.isupper() and len(old) > 1:
+        return new.upper()
+    if old[:1].isupper() and (is_first or " " not in old):
+        return new[:1].upper() + new[1:]
+    return new
+
+
 def apply_edits(text: str, edits: Iterable[Edit]) -> tuple[str, str, str]:
     """Replace spans and mend the articles before them.
 
@@ -149,7 +157,7 @@ def apply_edits(text: str, edits: Iterable[Edit]) -> tuple[str, str, str]:
     """
     mended: list[Edit] = []
     for start, end, new in sorted(edits):
-        new = new[:1].upper() + new[1:] if start == 0 and text[:1].isupper() else new
+        new = _in_case_of(text[start:end], new, start == 0)
         before = re.search(r"\b([Aa]n?) $", text[:start])
         if before and new and (not mended or mended[-1][1] <= before.start()):
             fitting = article(new.split(" ")[0])

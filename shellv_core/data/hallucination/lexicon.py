@@ -65,14 +65,22 @@ NO_OBJECTS = frozenset(
     " objects people's world place places point spot sort herd flock crowd team family collection array".split()
 )
 
+# After a preposition these tell no place.
+NO_PLACES = frozenset(
+    "phone cellphone camera sun sunlight rain dark light shade air wind motion use sale fire love order addition charge"
+    " hand lap mouth face arm leg foot head body back eye season weather display duty vacation fun pose action"
+    " baseball tennis soccer football basketball video birthday dinner lunch breakfast sport competition match".split()
+)
+
 # Groups of which each word, applied to one thing, is contradicted by all words of the others in its line.
 _CONTRARY_ADJECTIVES = (
     "white | black | red | blue,navy | green | yellow,golden,gold | brown,tan,beige | gray,grey,silver | pink"
     " | orange | purple",
     "large,big,huge,giant,massive,enormous | small,little,tiny,miniature",
-    "young | old,elderly",
+    "young,little | old,elderly",
     "new,modern | old,vintage,antique,ancient",
-    "tall,high | short,low",
+    "tall | short",
+    "high | low",
     "long | short",
     "wooden | metal,steel | brick | stone,marble | glass | plastic | concrete | leather | paper | ceramic | wicker",
     "open | closed",
@@ -80,7 +88,7 @@ _CONTRARY_ADJECTIVES = (
     "clean | dirty,muddy,messy",
     "neat,tidy,organized | messy,cluttered,disorganized",
     "wet | dry",
-    "sunny,clear,blue | cloudy,overcast,stormy,gray | rainy | snowy",
+    "sunny,clear | cloudy,overcast,stormy | rainy",
     "grassy | sandy | snowy | rocky | muddy | concrete | paved",
     "grass | sand | snow | dirt | gravel | concrete | asphalt",
     "bright | dark,dim",
@@ -102,7 +110,6 @@ _CONTRARY_ADJECTIVES = (
     "broken | intact,unbroken",
     "indoor | outdoor",
     "quiet,deserted | busy,crowded",
-    "single,lone | double",
     "heavy | light",
     "colorful | plain,colorless,gray",
     "parked | moving,speeding",
@@ -203,6 +210,16 @@ ASYMMETRIC = frozenset(
      "inside", "in", "to the left of", "to the right of"}
 )  # fmt: skip
 
+# Postures and motions that exclude each other, each as one state of a person, an animal or a thing.
+POSTURES = (
+    "sit seat", "stand", "lie", "walk stroll", "run", "sleep", "kneel", "jump", "crouch", "swim", "fly",
+)  # fmt: skip
+# Nouns before "of" that count or gather what follows.
+QUANTITIES = frozenset(
+    "group couple bunch number pair herd flock crowd lot lots row line pile stack set variety assortment collection"
+    " series team family display picture photo photograph image selection".split()
+)
+
 # Verbs that one picture may well show at once; each line is a group.
 _COMPATIBLE_VERBS = (
     "hold carry have use take grab get bring keep grip swing",
@@ -242,6 +259,7 @@ STATIVE = frozenset(
     " make get do go come take use try let see need want like become keep fill cover line top light color".split()
 )
 
+_GAMES = frozenset("baseball tennis soccer football basketball hockey golf volleyball cricket rugby".split())
 _MEN = frozenset("man men boy boys guy guys gentleman gentlemen male father son policeman groom".split())
 _WOMEN = frozenset("woman women girl girls lady ladies female mother daughter bride".split())
 # Sexes and ages contradict each other; trades do too, but a man may be a player.
@@ -352,6 +370,18 @@ class Lexicon:
         own = self._contrary.get(adjective, frozenset())
         found = self._antonyms.get(adjective, frozenset()) - self._near.get(adjective, frozenset())
         return own or found
+
+    def is_listed(self, adjective: str) -> bool:
+        """Whether this project's own list tells the word's contraries."""
+        return adjective in self._contrary
+
+    def are_alike(self, noun: str, other: str) -> bool:
+        """Whether two nouns before a noun tell the same sort of thing about it, such as two games or two dishes."""
+        if noun in _GAMES or other in _GAMES:
+            return noun in _GAMES and other in _GAMES
+        if self.kind(noun) or self.kind(other):
+            return self.kind(noun) == self.kind(other)
+        return self.nearness(noun, other) > 0.1
 
     def near_adjectives(self, adjective: str) -> frozenset[str]:
         """Adjectives of about the same meaning."""

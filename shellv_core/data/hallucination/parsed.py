@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from shellv_core.data.hallucination.captions import Caption
-from shellv_core.data.hallucination.lexicon import load_lexicon
+from shellv_core.data.hallucination.lexicon import QUANTITIES, load_lexicon
 from shellv_core.data.objects import find_mentions
 
 PRONOUNS = frozenset(
@@ -97,6 +97,14 @@ class ParsedCaption:
     def unit_at(self, head: int) -> Unit | None:
         """The thing whose head is token `head`."""
         return next((unit for unit in self.units if unit.head == head), None)
+
+    def subject_unit(self, token: Any) -> Unit | None:
+        """The thing that token names, or what it is a group of."""
+        if token.lemma_.lower() in QUANTITIES:
+            for child in token.children:
+                if child.lower_ == "of":
+                    return next((self.unit_at(item.i) for item in child.children if item.dep_ == "pobj"), None)
+        return self.unit_at(token.i)
 
     def left(self, index: int) -> str:
         """The word before token `index`, "^" at the start. Articles count as one word, as they follow what comes."""

@@ -20,7 +20,11 @@ from shellv_core.data.hallucination.lexicon import (
     FIXED_ADJECTIVES,
     FIXED_PHRASES,
     MANY,
+    NO_OBJECTS,
+    NO_PLACES,
     NUMBERS,
+    POSTURES,
+    QUANTITIES,
     STATIVE,
     gender,
     load_lexicon,
@@ -34,6 +38,7 @@ from shellv_core.data.hallucination.statistics import (
     event_phrases,
     events,
     frame,
+    governor,
 )
 
 
@@ -69,7 +74,14 @@ class Rules:
         self._seed = seed
         self._rules = {
             "object": (self._objects,),
-            "attribute": (self._adjectives, self._cardinals, self._renumbered, self._told_attributes),
+            "attribute": (
+                self._adjectives,
+                self._compounds,
+                self._postures,
+                self._cardinals,
+                self._renumbered,
+                self._told_attributes,
+            ),
             "relation": (self._prepositions, self._verbs, self._exchanges),
             "event": (self._replaced_events, self._second_events, self._onlookers),
         }
@@ -100,6 +112,7 @@ class Rules:
                 words = phrase.split(" ")
                 weight = self._statistics.log_context(left, words[0], words[-1], right)
                 weight += math.log(count / (self._statistics.words[words[0]] + 1.0)) if len(words) > 1 else 0.0
+                weight += self._statistics.log_governed(governor(caption, unit), lemma)
                 weight += 0.7 * self._statistics.log_together(lemma, others)
                 weight += 0.8 * self._lexicon.nearness(lemma, unit.lemma)
                 yield self._edited(caption, [(*caption.span(unit.start, unit.end), phrase)], weight, "co-hyponym")
@@ -156,6 +169,10 @@ class Rules:
             following = caption.right(token.i + 1)
             if token.pos_ in ("NOUN", "PROPN") and (token.dep_ != "compound" or following == "of"):
                 continue
+            if token.tag_ in ("VBN", "VBG") and not self._lexicon.is_listed(word):
+                continue
+            if any(child.dep_ in ("advmod", "npadvmod") for child in token.children):
+                continue
             if word in FIXED_ADJECTIVES or (word, following) in FIXED_PHRASES or "-" in (
                 following,
                 caption.left(token.i),
@@ -170,6 +187,44 @@ class Rules:
                 weight = self._statistics.log_context(caption.left(token.i), other, other, following)
                 weight += 0.0 if count else -3.0
                 yield self._edited(caption, [(*caption.span(token.i, token.i + 1), other)], weight, "adjective")
+
+    def _compounds(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """Another sort of the same thing: a tennis court for a basketball court."""
+        for unit in caption.units:
+            if unit.end - unit.start != 2 or self._lexicon.category(unit.lemma):
+                continue
+            word, noun = unit.lemma.split(" ")
+            for other in self._vocabulary.modifiers[noun]:
+                if other in caption.words or other in caption.other_words or self._lexicon.may_be_same(word, other):
+                    continue
+                if not self._lexicon.are_alike(word, other):
+                    continue
+                head = unit.phrase.split(" ")[1]
+                weight = self._statistics.log_context(caption.left(unit.start), other, other, head)
+                yield self._edited(caption, [(*caption.span(unit.start, unit.start + 1), other)], weight, "sort")
+
+    def _postures(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        for verb in caption.verbs():
+            lemma = lemma_of(verb)
+            subject = caption.subject(verb)
+            unit = caption.subject_unit(subject) if subject is not None else None
+            if unit is None or unit.kind not in ("person", "animal"):
+                continue
+            own = next((group for group in POSTURES if lemma in group.split()), None)
+            if own is None or any(child.dep_ == "dobj" for child in verb.children):
+                continue
+            follows, kind = frame(caption, verb)
+            for other, form, count in self._vocabulary.verbs[verb.tag_]:
+                if other in own.split() or not any(other in group.split() for group in POSTURES):
+                    continue
+                weight = self._statistics.log_context(caption.left(verb.i), form, form, caption.right(verb.i + 1))
+                seen = self._statistics.frames[f"{other}|{follows}|{kind}"]
+                weight += math.log((seen + 0.05) / count)
+                weight += self._log_doer(unit.kind, other)
+                yield self._edited(caption, [(*caption.span(verb.i, verb.i + 1), form)], weight, "posture")
+
+    def _log_doer(self, kind: str, verb: str) -> float:
+        return math.log((self._statistics.doers[f"{kind}|{verb}"] + 0.02) / (self._statistics.lemmas_of_kind(kind) + 1))
 
     def _cardinals(self, caption: ParsedCaption) -> Iterator[Candidate]:
         for token in caption.doc:
@@ -189,13 +244,15 @@ class Rules:
             return
         for unit in caption.units:
             token = caption.doc[unit.head]
-            if token.dep_ in ("dobj", "conj", "npadvmod", "compound") or (
-                token.dep_ == "pobj" and token.head.lower_ not in ("of", "with")
-            ):
+            governing = governor(caption, unit)
+            if governing not in _COUNTED_AFTER or token.dep_ in ("npadvmod", "compound", "attr"):
                 continue
-            if unit.plural and token.dep_ == "pobj":
+            if unit.plural and governing == "of" and token.head.head.lemma_.lower() in QUANTITIES:
                 continue
-            if any(child.dep_ in ("conj", "cc", "appos", "relcl") for child in token.children):
+            is_subject = token.dep_ in ("nsubj", "nsubjpass") or token.i == 0
+            if any(child.dep_ in (("conj", "cc") if is_subject else ()) for child in token.children):
+                continue
+            if any(child.dep_ in ("appos", "relcl") for child in token.children):
                 continue
             agreement = self._agreement(caption, unit, token)
             if agreement is None:
@@ -297,6 +354,26 @@ class Rules:
                 span = caption.span(position, position + size)
                 yield self._edited(caption, [(*span, other)], weight, "preposition")
             position += size
+        yield from self._separated(caption)
+
+    def _separated(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """Things that are together or in one another are told apart."""
+        for unit in caption.units:
+            token = caption.doc[unit.head]
+            start = caption.noun_phrase_start(unit)
+            before = caption.words[start - 1] if start else ""
+            if before == "and" and token.dep_ == "conj" and token.head.tag_ in ("NN", "NNS"):
+                others = ("without", "behind", "on top of") if token.head.dep_ in ("ROOT", "pobj", "dobj") else ()
+            elif before == "of" and token.dep_ == "pobj" and unit.kind in ("food", "drink"):
+                vessel = caption.unit_at(token.head.head.i)
+                others = ("without", "next to", "behind") if vessel is not None and vessel.kind == "vessel" else ()
+            else:
+                continue
+            for other in others:
+                words = other.split(" ")
+                right = caption.right(start)
+                weight = self._statistics.log_context(caption.left(start - 1), words[0], words[-1], right)
+                yield self._edited(caption, [(*caption.span(start - 1, start), other)], weight, "separation")
 
     def _preposition_at(self, caption: ParsedCaption, position: int) -> int:
         for size in range(min(5, len(caption.words) - position), 0, -1):
@@ -314,8 +391,11 @@ class Rules:
             verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide")
             head = last.head
             return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
-        unit = caption.unit_at(place.i) if place is not None else None
-        if unit is None or unit.kind == "clothing":
+        if place is None or place.lemma_.lower() in NO_OBJECTS | NO_PLACES or place.pos_ != "NOUN":
+            return []
+        unit = caption.unit_at(place.i)
+        kind, lemma = (unit.kind, unit.lemma) if unit else ("", place.lemma_.lower())
+        if kind == "clothing":
             return []
         first = caption.doc[position]
         head = first.head
@@ -324,13 +404,13 @@ class Rules:
         if head.pos_ == "VERB" and lemma_of(head) in ("cover", "fill", "make", "play", "top", "dress", "look"):
             return []
         options = list(CONTRARY_PREPOSITIONS[phrase])
-        if phrase in ("in", "inside", "at", "on") and unit.kind in ("place", "room", "building", "plant"):
+        if phrase in ("in", "inside", "at", "on") and kind in ("place", "room", "building", "plant"):
             allowed = {"outside", "next to", "near", "behind", "beside", "in front of", "outside of", "far from"}
             allowed = allowed if phrase != "on" else {"next to", "near", "beside", "above", "under"}
             options = [item for item in options if item in allowed]
-        if phrase == "on" and unit.lemma in ("phone", "cell phone", "cellphone", "tv", "television", "computer", "wall"):
+        if phrase == "on" and lemma in ("phone", "cell phone", "cellphone", "tv", "television", "computer", "wall"):
             options = [item for item in options if item in ("next to", "behind", "near")]
-        if unit.kind != "vessel":
+        if kind != "vessel":
             options = [item for item in options if (phrase, item) not in (("on", "in"), ("in", "on"))]
         return options
 
@@ -341,8 +421,12 @@ class Rules:
             follows, kind = frame(caption, verb)
             if lemma in STATIVE or not follows or verb.dep_ in ("aux", "xcomp"):
                 continue
+            doer = caption.subject(verb)
+            unit = caption.subject_unit(doer) if doer is not None else None
             for other, form, count in self._vocabulary.verbs[verb.tag_]:
                 if self._statistics.frames[f"{other}|{follows}|{kind}"] < 1:
+                    continue
+                if unit is not None and self._statistics.doers[f"{unit.kind}|{other}"] < 1:
                     continue
                 if not all(self._lexicon.contrary_verb(item, other) for item in present):
                     continue
@@ -372,7 +456,9 @@ class Rules:
                 phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
             seen = self._statistics.relations[f"{unit.kind}|{relation}|{other.kind}"]
             total = self._statistics.relations[f"{other.kind}|{relation}|{unit.kind}"]
-            weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
+            if not seen:
+                continue
+            weight = math.log(seen / (total + 1.0)) - 5.0
             text, original, replacement = apply_edits(
                 caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])]
             )
@@ -396,7 +482,7 @@ class Rules:
         if any(events(other) for other in caption.others):
             return
         for item in event_phrases(caption)[-2:]:
-            subject = caption.unit_at(item.subject.i)
+            subject = caption.subject_unit(item.subject)
             if subject is None:
                 continue
             for event in self._events_elsewhere(caption, subject, item):
@@ -423,23 +509,19 @@ class Rules:
                 yield Candidate(lie, truth, f"while {sentence}", f"while {event.sentence}", weight, "second event")
 
     def _onlookers(self, caption: ParsedCaption) -> Iterator[Candidate]:
-        """Of every picture it is true that somebody photographs what it shows, and false of what it does not show."""
-        shown = {unit.kind for unit in caption.units if unit.kind in _LABELS}
+        """Of every picture it is true that somebody photographs what it shows, and false of what it cannot show."""
+        shown = {unit.kind for unit in caption.units}
         shown |= {self._lexicon.kind(category) for category in caption.known_categories}
-        if not shown:
-            return
-        own = [unit for unit in caption.units if unit.kind in _LABELS]
-        if not own:
-            return
-        label = _LABELS[own[0].kind]
-        for kind, other in _LABELS.items():
-            if kind in shown or other in {_LABELS.get(item, "") for item in shown} or other in caption.words:
-                continue
-            for frame_words in _ONLOOKERS:
-                truth, lie = (_appended(caption.text, f"{frame_words} the {name}") for name in (label, other))
-                words = frame_words.strip(" ,")
-                weight = -6.0 + 0.3 * math.log(1 + sum(self._statistics.lemmas[item] for item in (other,)))
-                yield Candidate(lie, truth, f"{words} the {label}", f"{words} the {other}", weight, "onlooker")
+        true = {_LABELS[kind] for kind in shown if kind in _LABELS}
+        if len(true) > 1:
+            true.discard("person")
+        excluded = set(caption.words) | {label for kind in shown for label in _ALSO_SHOWN.get(kind, ())}
+        for label in sorted(true):
+            for other in sorted(set(_LABELS.values()) - true - excluded - {"person"}):
+                for words in _ONLOOKERS:
+                    truth, lie = (_appended(caption.text, f"{words} the {name}") for name in (label, other))
+                    start = words.strip(" ,")
+                    yield Candidate(lie, truth, f"{start} the {label}", f"{start} the {other}", -8.0, "onlooker")
 
     def _events_elsewhere(self, caption: ParsedCaption, subject: Unit, item: EventPhrase) -> list[Event]:
         found = [
@@ -476,6 +558,10 @@ class Rules:
         return Candidate(text, caption.text, original, replacement, weight, rule)
 
 
+# Objects of these can be told in another number without a change elsewhere.
+_COUNTED_AFTER = frozenset(
+    "^ of with near beside by to hold carry eat watch have pull push fly cut chase feed see drive park contain".split()
+)
 _EVENT_STYLES = ((", ", 0.6), (" seen ", 0.1), (", pictured ", 0.1), (" who are ", 0.2))
 _ONLOOKERS = (
     ", as someone takes a picture of",
@@ -484,13 +570,23 @@ _ONLOOKERS = (
     ", as a camera is pointed at",
 )
 _LABELS = {
-    "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room",
-    "building": "building", "furniture": "furniture", "place": "landscape", "plant": "plant",
+    "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
+    "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants", "structure": "street",
+    "vessel": "dishes", "device": "device", "sport": "game", "indoor": "furniture", "bedding": "bed",
+}  # fmt: skip
+# What a picture of one kind of thing may well show beside it.
+_INDOORS = ("furniture", "room", "plants", "device", "dishes", "food", "bed")
+_OUTDOORS = ("landscape", "buildings", "plants", "street")
+_ALSO_SHOWN = {
+    "room": _INDOORS, "furniture": _INDOORS, "device": _INDOORS, "indoor": _INDOORS, "bedding": _INDOORS,
+    "vessel": _INDOORS, "food": _INDOORS, "drink": _INDOORS, "place": (*_OUTDOORS, "game"),
+    "vehicle": (*_OUTDOORS, "vehicle"), "building": _OUTDOORS, "structure": (*_OUTDOORS, "vehicle"),
+    "plant": _OUTDOORS, "sport": (*_OUTDOORS, "game"), "animal": (*_OUTDOORS, "animal"),
 }  # fmt: skip
 
 
 def _appended(text: str, addition: str) -> str:
     """`text` with words before its closing full stop."""
-    body = text.rstrip(" .!")
-    closing = text[len(body) :].replace(" ", "")[:1]
+    body = text.rstrip(" .!,;:")
+    closing = "." if "." in text[len(body) :] else ""
     return f"{body}{addition}{closing}"

@@ -14,7 +14,7 @@ from typing import Any
 from shellv_core.data.hallucination.lexicon import FIXED_ADJECTIVES, STATIVE, load_lexicon
 from shellv_core.data.hallucination.parsed import ParsedCaption, lemma_of
 
-_SMOOTHING = 5.0
+_SMOOTHING = 1.5
 _MAX_EVENTS = 6000
 
 
@@ -45,7 +45,11 @@ class CorpusStatistics:
     verbs: Counter[str] = field(default_factory=Counter)  # "tag|lemma|form"
     frames: Counter[str] = field(default_factory=Counter)  # "lemma|what follows|kind of it"
     relations: Counter[str] = field(default_factory=Counter)  # "kind|relation|kind"
+    doers: Counter[str] = field(default_factory=Counter)  # "kind|verb lemma"
+    governed: Counter[str] = field(default_factory=Counter)  # "verb or preposition|lemma of its object"
+    compounds: Counter[str] = field(default_factory=Counter)  # "modifying noun|noun"
     events: list[Event] = field(default_factory=list)
+    _doing: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     @classmethod
     def of(cls, captions: Iterable[ParsedCaption]) -> CorpusStatistics:
@@ -53,6 +57,12 @@ class CorpusStatistics:
         statistics = cls()
         for caption in captions:
             statistics._add(caption)
+        rare = max(2, statistics.num_captions // 1000)
+        statistics.events = [
+            event
+            for event in statistics.events
+            if all(statistics.words[word] >= rare or not word.isalpha() for word in event.sentence.split())
+        ]
         statistics.bigrams = Counter({key: count for key, count in statistics.bigrams.items() if count > 1})
         statistics.together = Counter({key: count for key, count in statistics.together.items() if count > 1})
         step = max(1, math.ceil(len(statistics.events) / _MAX_EVENTS))
@@ -77,6 +87,13 @@ class CorpusStatistics:
             self.verbs[f"{verb.tag_}|{lemma}|{verb.lower_}"] += 1
             follows, kind = frame(caption, verb)
             self.frames[f"{lemma}|{follows}|{kind}"] += 1
+            doer = caption.subject(verb)
+            unit = caption.subject_unit(doer) if doer is not None else None
+            self.doers[f"{unit.kind if unit else ''}|{lemma}"] += 1
+        for unit in caption.units:
+            self.governed[f"{governor(caption, unit)}|{unit.lemma}"] += 1
+            if unit.end - unit.start == 2:
+                self.compounds["|".join(unit.lemma.split(" "))] += 1
         for first, relation, second in relations(caption):
             self.relations[f"{first.kind}|{relation}|{second.kind}"] += 1
         self.events.extend(events(caption))
@@ -87,6 +104,18 @@ class CorpusStatistics:
         before = self.bigrams[f"{left} {first}"] + _SMOOTHING * (self.words[first] + 0.5) / total
         after = self.bigrams[f"{last} {right}"] + _SMOOTHING * (self.words[right] + 0.5) / total
         return math.log(before / (self.words[left] + _SMOOTHING)) + math.log(after / (self.words[last] + _SMOOTHING))
+
+    def lemmas_of_kind(self, kind: str) -> int:
+        """How often something of `kind` does something."""
+        if not self._doing:
+            for key, count in self.doers.items():
+                self._doing[key.split("|")[0]] += count
+        return self._doing[kind]
+
+    def log_governed(self, governor: str, lemma: str) -> float:
+        """Log-share of `lemma` among all that a verb or preposition stands before, against its overall share."""
+        seen = self.governed[f"{governor}|{lemma}"] + 0.2
+        return math.log(seen / (self.lemmas[lemma] + 2.0))
 
     def log_together(self, lemma: str, others: Iterable[str]) -> float:
         """Mean log-lift of `lemma` beside other things, each within [-1.5, 1.5]."""
@@ -118,7 +147,8 @@ class CorpusStatistics:
         return statistics
 
 
-_COUNTERS = ("words", "bigrams", "units", "together", "lemmas", "adjectives", "verbs", "frames", "relations")
+_COUNTERS = ("words", "bigrams", "units", "together", "lemmas", "adjectives", "verbs", "frames", "relations", "doers", "governed",
+             "compounds")  # fmt: skip
 
 
 class Vocabulary:
@@ -130,6 +160,10 @@ class Vocabulary:
             kind, number, phrase, lemma = key.split("|")
             if count >= 2:
                 self.units[kind, number == "p"].append((phrase, lemma, count))
+        self.modifiers: dict[str, list[str]] = defaultdict(list)
+        for key, count in sorted(statistics.compounds.items()):
+            if count >= 2:
+                self.modifiers[key.split("|")[1]].append(key.split("|")[0])
         self.verbs: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         for key, count in sorted(statistics.verbs.items()):
             tag, lemma, form = key.split("|")
@@ -138,6 +172,16 @@ class Vocabulary:
         self.events: dict[str, list[Event]] = defaultdict(list)
         for event in statistics.events:
             self.events[event.kind].append(event)
+
+
+def governor(caption: ParsedCaption, unit: Any) -> str:
+    """The verb or preposition that a thing is the object of, "^" for subjects and heads."""
+    token = caption.doc[unit.head]
+    while token.dep_ == "conj":
+        token = token.head
+    if token.dep_ == "pobj":
+        return str(token.head.lower_)
+    return lemma_of(token.head) if token.dep_ == "dobj" else "^"
 
 
 def frame(caption: ParsedCaption, verb: Any) -> tuple[str, str]:
@@ -194,8 +238,7 @@ def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
         subject = caption.subject(verb)
         if lemma in STATIVE or subject is None or subject.i > verb.i:
             continue
-        unit = caption.unit_at(subject.i)
-        if unit is None:
+        if caption.subject_unit(subject) is None:
             continue
         subtree = [token.i for token in verb.subtree if token.i > verb.i and not token.is_punct]
         start, end = verb.i, max(subtree, default=verb.i) + 1
@@ -231,13 +274,16 @@ def events(caption: ParsedCaption) -> list[Event]:
     lexicon = load_lexicon()
     found = []
     for item in event_phrases(caption):
-        unit = caption.unit_at(item.subject.i)
+        unit = caption.subject_unit(item.subject)
         words = item.phrase.lower().split()
         if unit is None or len(words) > 10 or caption.pronouns & set(words):
             continue
         if not item.nouns and len(words) < 2:
             continue
-        start, end = caption.span(caption.noun_phrase_start(unit), unit.end)
+        first = item.subject.i
+        while first > 0 and caption.doc[first - 1].head.i in range(first, item.subject.i + 1):
+            first -= 1
+        start, end = caption.span(first, max(unit.end, item.subject.i + 1))
         verb = "are" if unit.plural else "is"
         subject = caption.text[start:end].lower()
         sentence = f"{subject} {verb} {item.phrase}"
