@@ -28,6 +28,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _RATE = 0.5
 _DIGITS = 3
 _MIN_POTENTIAL = 0.02
+_MIN_CAPTIONS = 5  # rarer features say more of the sample than of the corpus
 
 
 def differences(truth: str, lie: str) -> dict[int, float]:
@@ -94,7 +95,10 @@ def fit_potentials(
         ),
         shape=(len(rows), 2**_BITS),
     )
-    used = np.unique(matrix.indices)
+    owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    entries = np.unique(matrix.indices.astype(np.int64) * len(starts) + np.repeat(owner, np.diff(matrix.indptr)))
+    names, num_captions = np.unique(entries // len(starts), return_counts=True)
+    used = names[num_captions >= _MIN_CAPTIONS]
     matrix = matrix[:, used].tocsr()
     columns = matrix.T.tocsr()
     edges = np.array(starts[:-1])

@@ -32,6 +32,7 @@ _KIND_HEADS = {
     "place": "land road street field beach mountain hill lake river ocean forest garden yard park lot path lawn track",
     "bedding": "pillow blanket towel mattress cloth",
     "paper": "book newspaper paper magazine card poster",
+    "thing": "artifact",
 }
 # Kinds by words that WordNet files elsewhere or that captions use in their own sense.
 _KIND_WORDS = {
@@ -181,7 +182,7 @@ CONTRARY_PREPOSITIONS: dict[str, tuple[str, ...]] = {
     "towards": ("away from",),
     "toward": ("away from",),
     "away from": ("towards", "toward", "into"),
-    "with": ("without",),
+    "with": ("without", "on", "in", "behind", "under", "near"),
     "without": ("with",),
     "to the left of": ("to the right of",),
     "to the right of": ("to the left of",),
@@ -209,6 +210,9 @@ ASYMMETRIC = frozenset(
     {"on", "on top of", "atop", "under", "underneath", "beneath", "below", "above", "over", "behind", "in front of",
      "inside", "in", "to the left of", "to the right of"}
 )  # fmt: skip
+
+# Of a thing that has another in or on it this is false.
+INSTEAD_OF_HAVING = ("behind", "in front of", "without", "far from", "under", "next to")
 
 # Postures and motions that exclude each other, each as one state of a person, an animal or a thing.
 POSTURES = (

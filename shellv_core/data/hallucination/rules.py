@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shellv_core.data.hallucination.config import RewriteType
@@ -19,6 +19,7 @@ from shellv_core.data.hallucination.lexicon import (
     CONTRARY_PREPOSITIONS,
     FIXED_ADJECTIVES,
     FIXED_PHRASES,
+    INSTEAD_OF_HAVING,
     MANY,
     NO_OBJECTS,
     NO_PLACES,
@@ -78,11 +79,12 @@ class Rules:
                 self._adjectives,
                 self._compounds,
                 self._postures,
+                self._states,
                 self._cardinals,
                 self._renumbered,
                 self._told_attributes,
             ),
-            "relation": (self._prepositions, self._verbs, self._exchanges),
+            "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges),
             "event": (self._replaced_events, self._second_events, self._onlookers),
         }
 
@@ -240,9 +242,9 @@ class Rules:
 
     def _renumbered(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """One thing becomes several, several become one, with all words that agree."""
-        if caption.pronouns:
-            return
         for unit in caption.units:
+            if caption.pronouns and (unit.kind == "person" or unit == caption.units[0]):
+                continue
             token = caption.doc[unit.head]
             governing = governor(caption, unit)
             if governing not in _COUNTED_AFTER or token.dep_ in ("npadvmod", "compound", "attr"):
@@ -351,10 +353,15 @@ class Rules:
                 for before, after in zip(words, words[1:], strict=False):
                     seen = self._statistics.bigrams[f"{before} {after}"] + 0.5
                     weight += math.log(seen / (self._statistics.words[before] + 5.0))
+                place = next((child for child in last.children if child.dep_ == "pobj"), None)
+                if phrase == "with" and other != "without":
+                    if place is None or not self._statistics.governed[f"{words[-1]}|{place.lemma_.lower()}"]:
+                        continue
+                if place is not None and len(words) == 1:
+                    weight += 0.5 * self._statistics.log_governed(other, place.lemma_.lower())
                 span = caption.span(position, position + size)
                 yield self._edited(caption, [(*span, other)], weight, "preposition")
             position += size
-        yield from self._separated(caption)
 
     def _separated(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Things that are together or in one another are told apart."""
@@ -414,12 +421,34 @@ class Rules:
             options = [item for item in options if (phrase, item) not in (("on", "in"), ("in", "on"))]
         return options
 
-    def _verbs(self, caption: ParsedCaption) -> Iterator[Candidate]:
+    def _possessions(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """What has a thing is told to be elsewhere."""
+        for verb in caption.doc:
+            if verb.lower_ not in ("has", "have", "having", "containing") or verb.pos_ not in ("VERB", "AUX"):
+                continue
+            had = next((child for child in verb.children if child.dep_ == "dobj"), None)
+            if had is None or had.tag_ not in ("NN", "NNS") or had.lemma_.lower() in NO_OBJECTS:
+                continue
+            copula = {"has": "is ", "have": "are "}.get(verb.lower_, "")
+            for other in INSTEAD_OF_HAVING:
+                words = other.split(" ")
+                right = caption.right(verb.i + 1)
+                weight = self._statistics.log_context(caption.left(verb.i), words[0], words[-1], right) - 2.0
+                yield self._edited(caption, [(*caption.span(verb.i, verb.i + 1), copula + other)], weight, "possession")
+
+    def _states(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """What something is doing, by itself, is told otherwise."""
+        for candidate in self._verbs(caption, alone=True):
+            yield replace(candidate, rule="state")
+
+    def _verbs(self, caption: ParsedCaption, alone: bool = False) -> Iterator[Candidate]:
         present = [lemma_of(verb) for verb in caption.verbs()]
         for verb in caption.verbs():
             lemma = lemma_of(verb)
             follows, kind = frame(caption, verb)
-            if lemma in STATIVE or not follows or verb.dep_ in ("aux", "xcomp"):
+            if (lemma in STATIVE and lemma != "wear") or verb.dep_ in ("aux", "xcomp"):
+                continue
+            if (follows == "dobj" if alone else not follows):
                 continue
             doer = caption.subject(verb)
             unit = caption.subject_unit(doer) if doer is not None else None
@@ -429,6 +458,8 @@ class Rules:
                 if unit is not None and self._statistics.doers[f"{unit.kind}|{other}"] < 1:
                     continue
                 if not all(self._lexicon.contrary_verb(item, other) for item in present):
+                    continue
+                if alone and other == "wear":
                     continue
                 right = caption.right(verb.i + 1)
                 weight = self._statistics.log_context(caption.left(verb.i), form, form, right)

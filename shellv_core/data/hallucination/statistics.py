@@ -167,7 +167,7 @@ class Vocabulary:
         self.verbs: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         for key, count in sorted(statistics.verbs.items()):
             tag, lemma, form = key.split("|")
-            if count >= 2 and lemma not in STATIVE:
+            if count >= 2 and (lemma not in STATIVE or lemma == "wear"):
                 self.verbs[tag].append((lemma, form, count))
         self.events: dict[str, list[Event]] = defaultdict(list)
         for event in statistics.events:
@@ -190,7 +190,7 @@ def frame(caption: ParsedCaption, verb: Any) -> tuple[str, str]:
         if child.dep_ == "dobj" and child.i > verb.i:
             unit = caption.unit_at(child.i)
             return "dobj", unit.kind if unit else ""
-    if verb.i + 1 < len(caption.words) and verb.nbor(1).tag_ in ("IN", "RP"):
+    if verb.i + 1 < len(caption.words) and (verb.nbor(1).tag_ in ("IN", "RP") or verb.nbor(1).lower_ == "next"):
         following = verb.nbor(1)
         unit = next((caption.unit_at(child.i) for child in following.children if child.dep_ == "pobj"), None)
         return following.lower_, unit.kind if unit else ""
