@@ -395,7 +395,7 @@ class Rules:
             return []
         place = next((child for child in last.children if child.dep_ == "pobj"), None)
         if last.tag_ == "RP" or phrase in ("up", "down"):
-            verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide")
+            verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide", "move", "jump", "ski", "skateboard")
             head = last.head
             return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
         if place is None or place.lemma_.lower() in NO_OBJECTS | NO_PLACES or place.pos_ != "NOUN":
@@ -453,7 +453,8 @@ class Rules:
             doer = caption.subject(verb)
             unit = caption.subject_unit(doer) if doer is not None else None
             for other, form, count in self._vocabulary.verbs[verb.tag_]:
-                if self._statistics.frames[f"{other}|{follows}|{kind}"] < 1:
+                fitting = self._statistics.frames[f"{other}|{follows}|{kind}"]
+                if not fitting and not (self._statistics.frame_totals[f"{other}|{follows}"] and follows):
                     continue
                 if unit is not None and self._statistics.doers[f"{unit.kind}|{other}"] < 1:
                     continue
@@ -463,7 +464,7 @@ class Rules:
                     continue
                 right = caption.right(verb.i + 1)
                 weight = self._statistics.log_context(caption.left(verb.i), form, form, right)
-                weight += 0.5 * math.log(self._statistics.frames[f"{other}|{follows}|{kind}"] / count)
+                weight += 0.5 * math.log((fitting + 0.05) / count)
                 span = caption.span(verb.i, verb.i + 1)
                 yield self._edited(caption, [(*span, form)], weight, "verb")
 
@@ -487,13 +488,18 @@ class Rules:
                 phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
             seen = self._statistics.relations[f"{unit.kind}|{relation}|{other.kind}"]
             total = self._statistics.relations[f"{other.kind}|{relation}|{unit.kind}"]
-            if not seen:
+            if not seen and not self._can_change_places(unit, other, relation, head):
                 continue
-            weight = math.log(seen / (total + 1.0)) - 5.0
+            weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
             text, original, replacement = apply_edits(
                 caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])]
             )
             yield Candidate(text, caption.text, original, replacement, weight, "exchange")
+
+    def _can_change_places(self, unit: Unit, other: Unit, relation: str, head: Any) -> bool:
+        if head.dep_ == "dobj":
+            return self._statistics.doers[f"{unit.kind}|{relation}"] > 0
+        return not {unit.kind, other.kind} & {"place", "room", "building", "structure"}
 
     def _relation_of(self, caption: ParsedCaption, head: Any) -> tuple[str, Any]:
         if head.dep_ == "dobj" and head.head.pos_ == "VERB" and lemma_of(head.head) not in STATIVE:
@@ -603,16 +609,16 @@ _ONLOOKERS = (
 _LABELS = {
     "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
     "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants", "structure": "street",
-    "vessel": "dishes", "device": "device", "sport": "game", "indoor": "furniture", "bedding": "bed",
+    "vessel": "dishes", "indoor": "furniture", "bedding": "furniture", "device": "furniture",
 }  # fmt: skip
 # What a picture of one kind of thing may well show beside it.
-_INDOORS = ("furniture", "room", "plants", "device", "dishes", "food", "bed")
+_INDOORS = ("furniture", "room", "plants", "dishes", "food")
 _OUTDOORS = ("landscape", "buildings", "plants", "street")
 _ALSO_SHOWN = {
     "room": _INDOORS, "furniture": _INDOORS, "device": _INDOORS, "indoor": _INDOORS, "bedding": _INDOORS,
-    "vessel": _INDOORS, "food": _INDOORS, "drink": _INDOORS, "place": (*_OUTDOORS, "game"),
+    "vessel": _INDOORS, "food": _INDOORS, "drink": _INDOORS, "place": _OUTDOORS,
     "vehicle": (*_OUTDOORS, "vehicle"), "building": _OUTDOORS, "structure": (*_OUTDOORS, "vehicle"),
-    "plant": _OUTDOORS, "sport": (*_OUTDOORS, "game"), "animal": (*_OUTDOORS, "animal"),
+    "plant": _OUTDOORS, "sport": _OUTDOORS, "animal": (*_OUTDOORS, "animal"),
 }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class CorpusStatistics:
     governed: Counter[str] = field(default_factory=Counter)  # "verb or preposition|lemma of its object"
     compounds: Counter[str] = field(default_factory=Counter)  # "modifying noun|noun"
     events: list[Event] = field(default_factory=list)
+    _frame_totals: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     _doing: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     @classmethod
@@ -104,6 +105,14 @@ class CorpusStatistics:
         before = self.bigrams[f"{left} {first}"] + _SMOOTHING * (self.words[first] + 0.5) / total
         after = self.bigrams[f"{last} {right}"] + _SMOOTHING * (self.words[right] + 0.5) / total
         return math.log(before / (self.words[left] + _SMOOTHING)) + math.log(after / (self.words[last] + _SMOOTHING))
+
+    @property
+    def frame_totals(self) -> Counter[str]:
+        """How often a verb is followed by an object or by a preposition, of whatever kind: "lemma|what follows"."""
+        if not self._frame_totals:
+            for key, count in self.frames.items():
+                self._frame_totals[key.rsplit("|", 1)[0]] += count
+        return self._frame_totals
 
     def lemmas_of_kind(self, kind: str) -> int:
         """How often something of `kind` does something."""
@@ -240,9 +249,10 @@ def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
             continue
         if caption.subject_unit(subject) is None:
             continue
-        subtree = [token.i for token in verb.subtree if token.i > verb.i and not token.is_punct]
-        start, end = verb.i, max(subtree, default=verb.i) + 1
-        if len(subtree) != sum(not token.is_punct for token in caption.doc[start + 1 : end]):
+        start, end = verb.i, len(caption.words)
+        while end > start + 1 and caption.doc[end - 1].is_punct:
+            end -= 1
+        if any(token.dep_ in ("ROOT", "nsubj", "nsubjpass") for token in caption.doc[start + 1 : end]):
             continue
         if verb.dep_ == "acl" and verb.tag_ in ("VBG", "VBN"):
             begin = start
