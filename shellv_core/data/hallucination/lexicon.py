@@ -195,6 +195,20 @@ CONTRARY_PREPOSITIONS: dict[str, tuple[str, ...]] = {
     "on the left side of": ("on the right side of",),
     "on the right side of": ("on the left side of",),
     "on the side of": ("in the middle of", "under"),
+    "topped with": ("next to", "behind", "without"),
+    "covered in": ("next to", "without", "behind"),
+    "covered with": ("next to", "without", "behind"),
+    "covered by": ("next to", "without"),
+    "filled with": ("next to", "without", "behind"),
+    "full of": ("next to", "without", "behind"),
+    "made of": ("next to", "without"),
+    "looking at": ("looking away from", "walking past", "standing behind"),
+    "looks at": ("looks away from", "walks past", "stands behind"),
+    "look at": ("look away from", "walk past", "stand behind"),
+    "next to each other": ("far from each other", "on top of each other"),
+    "next to one another": ("far from one another", "on top of one another"),
+    "close to each other": ("far from each other", "on top of each other"),
+    "side by side": ("far apart",),
     "in the middle of": ("at the edge of", "on the side of", "next to", "outside"),
     "at the edge of": ("in the middle of",),
     "at the end of": ("in the middle of", "at the beginning of"),
@@ -211,6 +225,47 @@ ASYMMETRIC = frozenset(
      "inside", "in", "to the left of", "to the right of"}
 )  # fmt: skip
 
+# Relations that need no noun after them, or in which the words before it are part of the relation.
+WHOLE_RELATIONS = frozenset(
+    {"topped with", "covered in", "covered with", "covered by", "filled with", "full of", "made of", "looking at",
+     "looks at", "look at", "next to each other", "next to one another", "close to each other", "side by side",
+     "on the left", "on the right", "in the background", "in the foreground"}
+)  # fmt: skip
+# Phrases of amount that contradict each other.
+AMOUNTS = (
+    ("a couple of", "two"),
+    ("a group of", "a bunch of", "a lot of", "lots of", "a crowd of", "a large group of", "dozens of", "many"),
+)
+PAIRED = frozenset("scissors skis pants shoes glasses shorts jeans skates boots gloves socks pliers".split())
+# What is true of a thing by its very nature, so that it can be said of it unseen.
+INHERENT = {
+    "furry": "dog cat bear kitten puppy rabbit squirrel monkey",
+    "feathered": "bird duck owl chicken pigeon seagull goose swan parrot",
+    "woolly": "sheep lamb",
+    "striped": "zebra",
+    "spotted": "giraffe",
+    "gray": "elephant",
+    "living": "man woman person boy girl child kid lady guy baby player skier surfer snowboarder skateboarder cow horse",
+    "metal": "car bus train truck airplane plane motorcycle motorbike knife fork scissors oven refrigerator microwave jet"
+    " bicycle bike stove hydrant",
+    "edible": "pizza sandwich cake banana apple orange broccoli carrot donut doughnut salad hotdog burger bread soup"
+    " food meal vegetable fruit",
+    "indoor": "kitchen bathroom bedroom room office toilet sink couch sofa bed refrigerator bathtub",
+    "outdoor": "street road beach field park mountain ocean river forest hill yard sidewalk lake slope runway highway"
+    " intersection harbor",
+    "man-made": "building tower bridge castle sign clock lamp chair table desk bench house fence vase bowl plate cup box"
+    " light counter shelf mirror boat ship statue store wall tub cart bag umbrella suitcase kite frisbee surfboard"
+    " skateboard snowboard racket bat ball",
+    "electric": "laptop computer television tv phone microwave",
+}
+NOT_INHERENT = {
+    "furry": ("feathered", "metal", "woolly"), "feathered": ("furry", "woolly", "metal"),
+    "woolly": ("feathered", "striped", "spotted"), "striped": ("spotted", "woolly", "feathered"),
+    "spotted": ("striped", "woolly", "feathered"), "gray": ("striped", "spotted", "feathered"),
+    "living": ("metal", "stuffed", "feathered"), "metal": ("wooden", "edible", "furry"),
+    "edible": ("inedible", "metal", "furry"), "indoor": ("outdoor",), "outdoor": ("indoor",),
+    "electric": ("wooden", "edible"), "man-made": ("edible", "furry", "feathered"),
+}  # fmt: skip
 # Of a thing that has another in or on it this is false.
 INSTEAD_OF_HAVING = ("behind", "in front of", "without", "far from", "under", "next to")
 
@@ -257,6 +312,37 @@ _COMPATIBLE_VERBS = (
     "push move",
     "wear have don sport dress",
 )
+# Bearings of the body that go with most that one does.
+_BEARINGS = frozenset("sit stand lie lean rest perch wait pose seat squat crouch kneel gather".split())
+# Whoever does these has another bearing, or none: they exclude the bearings and, save for what is listed, each other.
+_MOTIONS = frozenset(
+    "walk run sleep jump fly swim ride drive travel ski surf snowboard skate skateboard float hang climb cross race"
+    " slide fall roll chase".split()
+)
+# Verb -> verbs that may hold beside it.
+_COMPATIBLE_WITH = {
+    "hold": "eat drink use read cut feed carry swing play open fly brush take talk put prepare throw walk run ride lead"
+    " serve pour sell wear pet hug cook catch hit kick raise lift kiss lick chew",
+    "stand": "surf ski snowboard skate skateboard ride graze park float hang",
+    "sit": "ride drive float park hang skate travel",
+    "lie": "sleep float hang",
+    "rest": "sleep float hang park graze",
+    "perch": "hang ride",
+    "wait": "walk ride sleep drive hang",
+    "pose": "ride surf ski jump skate walk swim snowboard skateboard hang",
+    "lean": "ride surf ski park skate",
+    "walk": "carry lead graze pull push cross talk eat use drink climb chase feed play",
+    "ride": "jump race surf ski skate climb cross chase travel fly",
+    "run": "race chase cross play catch jump",
+    "jump": "ski surf skate snowboard play catch fly skateboard throw hit race",
+    "fly": "travel race cross hang play float",
+    "travel": "drive cross run walk fly",
+    "swim": "float play surf",
+    "play": "throw catch hit swing kick jump run walk hold use",
+    "eat": "graze feed chew cook serve share",
+    "cook": "prepare cut stir serve bake make",
+    "wear": "hold",
+}
 # States that a picture may show beside anything else: no events, and no relations that could be exchanged.
 STATIVE = frozenset(
     "be have wear look seem show feature include contain dress sport match appear consist say read name call"
@@ -395,6 +481,13 @@ class Lexicon:
         """Whether two verbs (lemmas) of one subject are unlikely to hold in the same picture."""
         if verb == other or other in self._related_verbs.get(verb, ()) or verb in self._related_verbs.get(other, ()):
             return False
+        if other in _COMPATIBLE_WITH.get(verb, "").split() or verb in _COMPATIBLE_WITH.get(other, "").split():
+            return False
+        for first, second in ((verb, other), (other, verb)):
+            if first in _BEARINGS and second not in _BEARINGS | _MOTIONS:
+                return False
+            if first == "watch":
+                return False
         return not self._compatible.get(verb, frozenset()) & self._compatible.get(other, frozenset())
 
     def _ancestors(self, noun: str) -> Iterator[str]:

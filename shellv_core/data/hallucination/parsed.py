@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from shellv_core.data.hallucination.captions import Caption
-from shellv_core.data.hallucination.lexicon import QUANTITIES, load_lexicon
+from shellv_core.data.hallucination.lexicon import NO_OBJECTS, NO_PLACES, QUANTITIES, load_lexicon
 from shellv_core.data.objects import find_mentions
 
 PRONOUNS = frozenset(
@@ -67,6 +67,20 @@ class ParsedCaption:
 
     def _article(self, index: int) -> str:
         return self.words[index - 1] if index and self.words[index - 1] in ("a", "an") else ""
+
+    @cached_property
+    def other_nouns(self) -> list[Unit]:
+        """Nouns of no known kind that still name things."""
+        known = {unit.head for unit in self.units}
+        return [
+            Unit(token.i, token.i + 1, token.lower_, token.lemma_.lower(), "", token.tag_ == "NNS")
+            for token in self.doc
+            if token.tag_ in ("NN", "NNS")
+            and token.i not in known
+            and token.dep_ not in ("compound", "npadvmod", "nmod", "amod")
+            and token.is_alpha
+            and token.lemma_.lower() not in NO_OBJECTS | NO_PLACES
+        ]
 
     @cached_property
     def lemmas(self) -> frozenset[str]:

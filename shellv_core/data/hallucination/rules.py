@@ -14,19 +14,25 @@ from typing import Any
 from shellv_core.data.hallucination.config import RewriteType
 from shellv_core.data.hallucination.grammar import Edit, apply_edits, inflect
 from shellv_core.data.hallucination.lexicon import (
+    AMOUNTS,
     ASYMMETRIC,
     COLORS,
     CONTRARY_PREPOSITIONS,
     FIXED_ADJECTIVES,
     FIXED_PHRASES,
+    INHERENT,
     INSTEAD_OF_HAVING,
     MANY,
     NO_OBJECTS,
     NO_PLACES,
+    NOT_INHERENT,
     NUMBERS,
+    PAIRED,
     POSTURES,
     QUANTITIES,
     STATIVE,
+    SYMMETRIC,
+    WHOLE_RELATIONS,
     gender,
     load_lexicon,
 )
@@ -82,6 +88,8 @@ class Rules:
                 self._states,
                 self._cardinals,
                 self._renumbered,
+                self._amounts,
+                self._inherent,
                 self._told_attributes,
             ),
             "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges),
@@ -102,7 +110,7 @@ class Rules:
     # objects
 
     def _objects(self, caption: ParsedCaption) -> Iterator[Candidate]:
-        for unit in caption.units:
+        for unit in (*caption.units, *caption.other_nouns):
             if not self._replaceable(caption, unit):
                 continue
             left, right = caption.left(unit.start), caption.right(unit.end)
@@ -117,7 +125,13 @@ class Rules:
                 weight += self._statistics.log_governed(governor(caption, unit), lemma)
                 weight += 0.7 * self._statistics.log_together(lemma, others)
                 weight += 0.8 * self._lexicon.nearness(lemma, unit.lemma)
+                if not unit.kind:
+                    if not self._statistics.governed[f"{governor(caption, unit)}|{lemma}"]:
+                        continue
+                    weight -= 3.0
                 yield self._edited(caption, [(*caption.span(unit.start, unit.end), phrase)], weight, "co-hyponym")
+            if unit.end - unit.start == 2 and unit.kind == "person":
+                yield from self._other_sorts(caption, unit, "sort of person")
 
     def _replaceable(self, caption: ParsedCaption, unit: Unit) -> bool:
         token = caption.doc[unit.head]
@@ -131,8 +145,10 @@ class Rules:
         kinds = [unit.kind]
         if unit.lemma in ("person", "people", "someone"):
             kinds = ["animal"]
-        elif unit.kind in ("vessel", "indoor", "accessory", "paper", "device", "sport", "bedding"):
-            kinds = ["vessel", "indoor", "accessory", "paper", "device", "sport"]
+        elif not unit.kind:
+            kinds = ["thing", "structure", "vessel", "furniture", "device", "vehicle", "animal", "food", "plant"]
+        elif unit.kind in ("vessel", "indoor", "accessory", "paper", "device", "sport", "bedding", "thing"):
+            kinds = ["vessel", "indoor", "accessory", "paper", "device", "sport", "thing"]
         seen = set()
         for kind in kinds:
             for item in self._vocabulary.units[kind, unit.plural]:
@@ -193,17 +209,49 @@ class Rules:
     def _compounds(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Another sort of the same thing: a tennis court for a basketball court."""
         for unit in caption.units:
-            if unit.end - unit.start != 2 or self._lexicon.category(unit.lemma):
+            if unit.end - unit.start == 2 and not self._lexicon.category(unit.lemma):
+                yield from self._other_sorts(caption, unit, "sort")
+
+    def _other_sorts(self, caption: ParsedCaption, unit: Unit, rule: str) -> Iterator[Candidate]:
+        word, noun = unit.lemma.split(" ")
+        for other in self._vocabulary.modifiers[noun]:
+            if other in caption.words or other in caption.other_words or self._lexicon.may_be_same(word, other):
                 continue
-            word, noun = unit.lemma.split(" ")
-            for other in self._vocabulary.modifiers[noun]:
-                if other in caption.words or other in caption.other_words or self._lexicon.may_be_same(word, other):
-                    continue
-                if not self._lexicon.are_alike(word, other):
-                    continue
-                head = unit.phrase.split(" ")[1]
-                weight = self._statistics.log_context(caption.left(unit.start), other, other, head)
-                yield self._edited(caption, [(*caption.span(unit.start, unit.start + 1), other)], weight, "sort")
+            if not self._lexicon.are_alike(word, other):
+                continue
+            head = unit.phrase.split(" ")[1]
+            weight = self._statistics.log_context(caption.left(unit.start), other, other, head)
+            yield self._edited(caption, [(*caption.span(unit.start, unit.start + 1), other)], weight, rule)
+
+    def _amounts(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """A couple is told as a crowd, and the reverse."""
+        for own, others in (AMOUNTS, AMOUNTS[::-1]):
+            for phrase in own:
+                words = phrase.split(" ")
+                for start in range(len(caption.words) - len(words)):
+                    end = start + len(words)
+                    if caption.words[start:end] != words or set(caption.words[end : end + 3]) & PAIRED:
+                        continue
+                    if words == ["two"] or words == ["many"]:
+                        continue
+                    for other in others:
+                        parts = other.split(" ")
+                        left, right = caption.left(start), caption.right(end)
+                        weight = self._statistics.log_context(left, parts[0], parts[-1], right) - 2.0
+                        yield self._edited(caption, [(*caption.span(start, end), other)], weight, "amount")
+
+    def _inherent(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """What is true of a thing by its nature is put before it in the truth, and its contrary in the lie."""
+        for unit in caption.units:
+            told = next((word for word, nouns in INHERENT.items() if unit.lemma.split(" ")[-1] in nouns.split()), None)
+            start = caption.noun_phrase_start(unit)
+            if told is None or any(caption.doc[index].dep_ == "amod" for index in range(start, unit.start)):
+                continue
+            position = caption.span(unit.start, unit.end)[0]
+            truth = apply_edits(caption.text, [(position, position, f"{told} ")])[0]
+            for other in NOT_INHERENT[told]:
+                text = apply_edits(caption.text, [(position, position, f"{other} ")])[0]
+                yield Candidate(text, truth, told, other, -18.0, "inherent")
 
     def _postures(self, caption: ParsedCaption) -> Iterator[Candidate]:
         for verb in caption.verbs():
@@ -389,7 +437,7 @@ class Rules:
         return 0
 
     def _contrary_prepositions(self, caption: ParsedCaption, phrase: str, position: int, last: Any) -> list[str]:
-        if phrase in ("on the left", "on the right", "in the background", "in the foreground"):
+        if phrase in WHOLE_RELATIONS:
             return list(CONTRARY_PREPOSITIONS[phrase])
         if last.tag_ not in ("IN", "RP", "TO") or position == 0:
             return []
@@ -398,12 +446,12 @@ class Rules:
             verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide", "move", "jump", "ski", "skateboard")
             head = last.head
             return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
-        if place is None or place.lemma_.lower() in NO_OBJECTS | NO_PLACES or place.pos_ != "NOUN":
+        if place is None or place.lemma_.lower() in NO_OBJECTS | NO_PLACES or place.pos_ not in ("NOUN", "PROPN"):
             return []
         unit = caption.unit_at(place.i)
         kind, lemma = (unit.kind, unit.lemma) if unit else ("", place.lemma_.lower())
         if kind == "clothing":
-            return []
+            return ["without", "next to", "behind"] if phrase in ("in", "with") else []
         first = caption.doc[position]
         head = first.head
         while head.dep_ in ("prep", "advmod") and head.i >= position:
@@ -424,12 +472,12 @@ class Rules:
     def _possessions(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """What has a thing is told to be elsewhere."""
         for verb in caption.doc:
-            if verb.lower_ not in ("has", "have", "having", "containing") or verb.pos_ not in ("VERB", "AUX"):
+            if verb.lower_ not in _HAVING or verb.pos_ not in ("VERB", "AUX"):
                 continue
             had = next((child for child in verb.children if child.dep_ == "dobj"), None)
             if had is None or had.tag_ not in ("NN", "NNS") or had.lemma_.lower() in NO_OBJECTS:
                 continue
-            copula = {"has": "is ", "have": "are "}.get(verb.lower_, "")
+            copula = _HAVING[verb.lower_]
             for other in INSTEAD_OF_HAVING:
                 words = other.split(" ")
                 right = caption.right(verb.i + 1)
@@ -448,7 +496,7 @@ class Rules:
             follows, kind = frame(caption, verb)
             if (lemma in STATIVE and lemma != "wear") or verb.dep_ in ("aux", "xcomp"):
                 continue
-            if (follows == "dobj" if alone else not follows):
+            if alone and follows == "dobj":
                 continue
             doer = caption.subject(verb)
             unit = caption.subject_unit(doer) if doer is not None else None
@@ -477,6 +525,9 @@ class Rules:
             relation, first = self._relation_of(caption, head)
             other = caption.unit_at(first.i) if first is not None else None
             if other is None or not relation or other.end > unit.start:
+                other = self._before(caption, unit)
+                relation = "?"
+            if other is None:
                 continue
             if unit.plural != other.plural and any(token.tag_ in ("VBZ", "VBP") for token in caption.doc):
                 continue
@@ -488,13 +539,25 @@ class Rules:
                 phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
             seen = self._statistics.relations[f"{unit.kind}|{relation}|{other.kind}"]
             total = self._statistics.relations[f"{other.kind}|{relation}|{unit.kind}"]
-            if not seen and not self._can_change_places(unit, other, relation, head):
-                continue
             weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
+            if relation == "?" or (not seen and not self._can_change_places(unit, other, relation, head)):
+                weight -= 10.0
             text, original, replacement = apply_edits(
                 caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])]
             )
             yield Candidate(text, caption.text, original, replacement, weight, "exchange")
+
+    def _before(self, caption: ParsedCaption, unit: Unit) -> Unit | None:
+        """The nearest thing before `unit` that a word of relation parts from it."""
+        earlier = [item for item in caption.units if item.end <= unit.start]
+        if not earlier:
+            return None
+        between = caption.doc[earlier[-1].end : caption.noun_phrase_start(unit)]
+        relating = [token for token in between if token.tag_ in ("IN", "VBG", "VBZ", "VBP", "VBN")]
+        symmetric = SYMMETRIC | {"of", "wearing", "having"}
+        if not relating or any(token.lower_ in symmetric or token.pos_ == "CCONJ" for token in between):
+            return None
+        return earlier[-1]
 
     def _can_change_places(self, unit: Unit, other: Unit, relation: str, head: Any) -> bool:
         if head.dep_ == "dobj":
@@ -548,13 +611,17 @@ class Rules:
     def _onlookers(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Of every picture it is true that somebody photographs what it shows, and false of what it cannot show."""
         shown = {unit.kind for unit in caption.units}
+        if not any(kind in _LABELS for kind in shown):
+            if not caption.lemmas:
+                return
+            shown.add("")
         shown |= {self._lexicon.kind(category) for category in caption.known_categories}
         true = {_LABELS[kind] for kind in shown if kind in _LABELS}
         if len(true) > 1:
             true.discard("person")
         excluded = set(caption.words) | {label for kind in shown for label in _ALSO_SHOWN.get(kind, ())}
         for label in sorted(true):
-            for other in sorted(set(_LABELS.values()) - true - excluded - {"person"}):
+            for other in sorted(set(_LABELS.values()) - true - excluded - {"person", "scene"}):
                 for words in _ONLOOKERS:
                     truth, lie = (_appended(caption.text, f"{words} the {name}") for name in (label, other))
                     start = words.strip(" ,")
@@ -595,6 +662,11 @@ class Rules:
         return Candidate(text, caption.text, original, replacement, weight, rule)
 
 
+# Verbs of having, and what stands for them before a preposition.
+_HAVING = {
+    "has": "is ", "have": "are ", "having": "", "containing": "", "contains": "is ", "contain": "are ",
+    "featuring": "", "features": "is ", "includes": "is ", "including": "",
+}  # fmt: skip
 # Objects of these can be told in another number without a change elsewhere.
 _COUNTED_AFTER = frozenset(
     "^ of with near beside by to hold carry eat watch have pull push fly cut chase feed see drive park contain".split()
@@ -607,6 +679,7 @@ _ONLOOKERS = (
     ", as a camera is pointed at",
 )
 _LABELS = {
+    "": "scene",
     "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
     "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants", "structure": "street",
     "vessel": "dishes", "indoor": "furniture", "bedding": "furniture", "device": "furniture",
