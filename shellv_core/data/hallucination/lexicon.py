@@ -209,6 +209,12 @@ CONTRARY_PREPOSITIONS: dict[str, tuple[str, ...]] = {
     "next to one another": ("far from one another", "on top of one another"),
     "close to each other": ("far from each other", "on top of each other"),
     "side by side": ("far apart",),
+    "along the side of": ("in the middle of", "far from"),
+    "at the front of": ("at the back of", "behind"),
+    "at the side of": ("in the middle of", "far from"),
+    "close up of": ("distant view of",),
+    "close-up of": ("distant view of",),
+    "closeup of": ("distant view of",),
     "in the middle of": ("at the edge of", "on the side of", "next to", "outside"),
     "at the edge of": ("in the middle of",),
     "at the end of": ("in the middle of", "at the beginning of"),
@@ -229,7 +235,8 @@ ASYMMETRIC = frozenset(
 WHOLE_RELATIONS = frozenset(
     {"topped with", "covered in", "covered with", "covered by", "filled with", "full of", "made of", "looking at",
      "looks at", "look at", "next to each other", "next to one another", "close to each other", "side by side",
-     "on the left", "on the right", "in the background", "in the foreground"}
+     "on the left", "on the right", "in the background", "in the foreground", "in the middle of", "on the side of",
+     "along the side of", "at the front of", "at the side of", "close up of", "close-up of", "closeup of"}
 )  # fmt: skip
 # Phrases of amount that contradict each other.
 AMOUNTS = (
@@ -266,6 +273,11 @@ NOT_INHERENT = {
     "edible": ("inedible", "metal", "furry"), "indoor": ("outdoor",), "outdoor": ("indoor",),
     "electric": ("wooden", "edible"), "man-made": ("edible", "furry", "feathered"),
 }  # fmt: skip
+# Where the ground and the sky are in any picture; the second of each is not so.
+INHERENT_RELATIONS = (
+    (", with the ground below", ", with the ground above"),
+    (", with the sky above the ground", ", with the sky below the ground"),
+)
 # Of a thing that has another in or on it this is false.
 INSTEAD_OF_HAVING = ("behind", "in front of", "without", "far from", "under", "next to")
 

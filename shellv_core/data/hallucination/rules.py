@@ -21,6 +21,7 @@ from shellv_core.data.hallucination.lexicon import (
     FIXED_ADJECTIVES,
     FIXED_PHRASES,
     INHERENT,
+    INHERENT_RELATIONS,
     INSTEAD_OF_HAVING,
     MANY,
     NO_OBJECTS,
@@ -92,7 +93,8 @@ class Rules:
                 self._inherent,
                 self._told_attributes,
             ),
-            "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges),
+            "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges,
+                         self._inherent_relations),
             "event": (self._replaced_events, self._second_events, self._onlookers),
         }
 
@@ -446,9 +448,11 @@ class Rules:
             verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide", "move", "jump", "ski", "skateboard")
             head = last.head
             return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
-        if place is None or place.lemma_.lower() in NO_OBJECTS | NO_PLACES or place.pos_ not in ("NOUN", "PROPN"):
+        if place is None or place.pos_ not in ("NOUN", "PROPN", "PRON"):
             return []
         unit = caption.unit_at(place.i)
+        if place.lemma_.lower() in NO_OBJECTS | NO_PLACES and (unit is None or " " not in unit.lemma):
+            return []
         kind, lemma = (unit.kind, unit.lemma) if unit else ("", place.lemma_.lower())
         if kind == "clothing":
             return ["without", "next to", "behind"] if phrase in ("in", "with") else []
@@ -483,6 +487,14 @@ class Rules:
                 right = caption.right(verb.i + 1)
                 weight = self._statistics.log_context(caption.left(verb.i), words[0], words[-1], right) - 2.0
                 yield self._edited(caption, [(*caption.span(verb.i, verb.i + 1), copula + other)], weight, "possession")
+
+    def _inherent_relations(self, caption: ParsedCaption) -> Iterator[Candidate]:
+        """Where the ground or the sky is, said rightly and wrongly."""
+        if not caption.units and not caption.other_nouns:
+            return
+        for told, other in INHERENT_RELATIONS:
+            truth, lie = (_appended(caption.text, words) for words in (told, other))
+            yield Candidate(lie, truth, told.strip(" ,"), other.strip(" ,"), -25.0, "inherent relation")
 
     def _states(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """What something is doing, by itself, is told otherwise."""
