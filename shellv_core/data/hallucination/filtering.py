@@ -19,8 +19,13 @@ _WORD = re.compile(r"\w+(?:['-]\w+)*")
 _DOUBLED = re.compile(r"\b(\w+) \1\b", re.IGNORECASE)
 _SINGULAR_DETERMINERS = frozenset({"a", "an", "one", "each", "this", "that", "another"})
 _PLURAL_DETERMINERS = frozenset({"two", "three", "four", "five", "six", "seven", "eight", "many", "several", "these"})
-_ATTRIBUTE_TAGS = frozenset({"JJ", "JJR", "JJS", "CD", "VBN", "VBG", "NN", "NNP", "RB", "NNS", "DT", "VBD"})
-_RELATION_TAGS = frozenset({"IN", "RP", "TO", "RB", "VBG", "VBZ", "VBP", "VBN", "VBD", "VB", "JJ", "NN"})
+_ATTRIBUTE_TAGS = frozenset(
+    {"JJ", "JJR", "JJS", "CD", "VBN", "VBG", "NN", "NNP", "RB", "NNS", "DT", "VBD", "VBZ",
+     "VBP", "VB"}
+)  # fmt: skip
+_RELATION_TAGS = frozenset(
+    {"IN", "RP", "TO", "RB", "VBG", "VBZ", "VBP", "VBN", "VBD", "VB", "JJ", "NN", "NNS", "CC"}
+)
 
 
 def changed_words(truth: str, lie: str) -> tuple[list[str], list[str]]:

@@ -40,7 +40,7 @@ _KIND_WORDS = {
     " surfer rider skater skateboarder snowboarder crowd officer policeman couple family team toddler gentleman",
     "animal": "cat dog horse cow sheep bird bear elephant zebra giraffe goat pig duck puppy kitten animal",
     "vehicle": "car bus train truck motorcycle bicycle bike motorbike airplane plane boat jet scooter van taxi tram"
-    " skateboard helicopter tractor",
+    " helicopter tractor",
     "place": "street road beach field park snow grass sidewalk desert forest river lake ocean mountain slope runway"
     " court platform parking harbor yard garden hill",
     "room": "kitchen bathroom bedroom office",
@@ -423,6 +423,12 @@ class Lexicon:
             supercategory = COCO_SUPERCATEGORIES[category]
             return _SUPERCATEGORY_KINDS.get(supercategory, supercategory)
         return next((self._kind_heads[node] for node in self._ancestors(last) if node in self._kind_heads), "")
+
+    def sure_kind(self, noun: str) -> str:
+        """The kind where this project's own words or COCO's tell it, so that no rare sense of a word misleads."""
+        if self._kind_words.get(noun.rsplit(" ", 1)[-1]) or self.category(noun):
+            return self.kind(noun)
+        return ""
 
     @lru_cache(maxsize=65536)  # noqa: B019 - one lexicon lives as long as the process
     def category(self, noun: str) -> str:

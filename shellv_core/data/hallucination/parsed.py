@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from shellv_core.data.hallucination.captions import Caption
-from shellv_core.data.hallucination.lexicon import NO_OBJECTS, NO_PLACES, QUANTITIES, load_lexicon
+from shellv_core.data.hallucination.lexicon import FIXED_PHRASES, NO_OBJECTS, NO_PLACES, QUANTITIES, load_lexicon
 from shellv_core.data.objects import find_mentions
 
 PRONOUNS = frozenset(
@@ -54,6 +54,8 @@ class ParsedCaption:
                 continue
             start = token.i
             while start > 0 and self.doc[start - 1].dep_ == "compound" and self.doc[start - 1].head.i <= token.i:
+                start -= 1
+            if start > 0 and (self.words[start - 1], self.words[start]) in FIXED_PHRASES:
                 start -= 1
             words = self.words[start : token.i + 1]
             if not all(word.isalpha() for word in words):

@@ -90,22 +90,24 @@ class Rules:
                 self._cardinals,
                 self._renumbered,
                 self._amounts,
-                self._inherent,
                 self._told_attributes,
             ),
-            "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges,
-                         self._inherent_relations),
+            "relation": (self._prepositions, self._separated, self._possessions, self._verbs, self._exchanges),
             "event": (self._replaced_events, self._second_events, self._onlookers),
         }
+        # Truths that hold of anything, where a caption gives nothing to change.
+        self._last_resorts = {"attribute": (self._inherent,), "relation": (self._inherent_relations,)}
 
     def propose(self, caption: ParsedCaption, kind: RewriteType) -> list[Candidate]:
         """Up to `num_candidates` rewrites of type `kind`, the best by weight, in a fixed order."""
         found: dict[tuple[str, str], Candidate] = {}
-        for rule in self._rules[kind]:
-            for candidate in rule(caption):
+        for rules in (self._rules[kind], self._last_resorts.get(kind, ())):
+            for candidate in (candidate for rule in rules for candidate in rule(caption)):
                 known = found.get((candidate.text, candidate.truth))
                 if known is None or known.log_weight < candidate.log_weight:
                     found[candidate.text, candidate.truth] = candidate
+            if found:
+                break
         ordered = sorted(found.values(), key=lambda item: (-item.log_weight, item.text))
         return ordered[: self._num_candidates]
 
@@ -253,7 +255,7 @@ class Rules:
             truth = apply_edits(caption.text, [(position, position, f"{told} ")])[0]
             for other in NOT_INHERENT[told]:
                 text = apply_edits(caption.text, [(position, position, f"{other} ")])[0]
-                yield Candidate(text, truth, told, other, -18.0, "inherent")
+                yield Candidate(text, truth, told, other, 0.0, "inherent")
 
     def _postures(self, caption: ParsedCaption) -> Iterator[Candidate]:
         for verb in caption.verbs():
@@ -494,7 +496,7 @@ class Rules:
             return
         for told, other in INHERENT_RELATIONS:
             truth, lie = (_appended(caption.text, words) for words in (told, other))
-            yield Candidate(lie, truth, told.strip(" ,"), other.strip(" ,"), -25.0, "inherent relation")
+            yield Candidate(lie, truth, told.strip(" ,"), other.strip(" ,"), 0.0, "inherent relation")
 
     def _states(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """What something is doing, by itself, is told otherwise."""
@@ -512,9 +514,12 @@ class Rules:
                 continue
             doer = caption.subject(verb)
             unit = caption.subject_unit(doer) if doer is not None else None
+            had = next((caption.unit_at(child.i) for child in verb.children if child.dep_ == "dobj"), None)
             for other, form, count in self._vocabulary.verbs[verb.tag_]:
                 fitting = self._statistics.frames[f"{other}|{follows}|{kind}"]
-                if not fitting and not (self._statistics.frame_totals[f"{other}|{follows}"] and follows):
+                if not fitting and (alone or not self._statistics.frame_totals[f"{other}|{follows}"]):
+                    continue
+                if unit is None and alone:
                     continue
                 if unit is not None and self._statistics.doers[f"{unit.kind}|{other}"] < 1:
                     continue
@@ -524,7 +529,11 @@ class Rules:
                     continue
                 right = caption.right(verb.i + 1)
                 weight = self._statistics.log_context(caption.left(verb.i), form, form, right)
-                weight += 0.5 * math.log((fitting + 0.05) / count)
+                weight += 0.7 * math.log((fitting + 0.02) / count)
+                if unit is not None:
+                    weight += 0.5 * self._log_doer(unit.kind, other)
+                if had is not None:
+                    weight += 0.5 * self._statistics.log_governed(other, had.lemma)
                 span = caption.span(verb.i, verb.i + 1)
                 yield self._edited(caption, [(*span, form)], weight, "verb")
 
@@ -623,14 +632,13 @@ class Rules:
     def _onlookers(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Of every picture it is true that somebody photographs what it shows, and false of what it cannot show."""
         shown = {unit.kind for unit in caption.units}
-        if not any(kind in _LABELS for kind in shown):
-            if not caption.lemmas:
-                return
-            shown.add("")
+        if not caption.lemmas:
+            return
         shown |= {self._lexicon.kind(category) for category in caption.known_categories}
-        true = {_LABELS[kind] for kind in shown if kind in _LABELS}
+        sure = {self._lexicon.sure_kind(unit.lemma) for unit in caption.units}
+        true = {_LABELS[kind] for kind in sure if kind in _LABELS}
         if len(true) > 1:
-            true.discard("person")
+            true.discard("person" if "scene" in true else "scene")
         excluded = set(caption.words) | {label for kind in shown for label in _ALSO_SHOWN.get(kind, ())}
         for label in sorted(true):
             for other in sorted(set(_LABELS.values()) - true - excluded - {"person", "scene"}):

@@ -288,7 +288,7 @@ def events(caption: ParsedCaption) -> list[Event]:
         words = item.phrase.lower().split()
         if unit is None or len(words) > 10 or caption.pronouns & set(words):
             continue
-        if not item.nouns and len(words) < 2:
+        if not item.nouns or not (words[0].endswith("ing") or words[0] == "parked"):
             continue
         first = item.subject.i
         while first > 0 and caption.doc[first - 1].head.i in range(first, item.subject.i + 1):
