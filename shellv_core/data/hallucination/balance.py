@@ -17,8 +17,9 @@ import hashlib
 import math
 import re
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from shellv_core.data.hallucination.rules import Candidate
@@ -41,22 +42,20 @@ def differences(truth: str, lie: str) -> dict[int, float]:
     end = 0
     while end < min(len(first), len(second)) - start and first[-1 - end] == second[-1 - end]:
         end += 1
-    counts: Counter[str] = Counter()
+    counts: defaultdict[str, float] = defaultdict(float)
     for words, sign in ((second, 1), (first, -1)):
         window = words[max(start - 1, 0) : len(words) - end + 1]
         for word in window:
             counts[word] += sign
             counts["#" + word[-2:]] += sign
-        for pair in zip(window, window[1:], strict=False):
+        for pair in pairwise(window):
             counts[" ".join(pair)] += sign
     counts["\0words"] = len(second) - len(first)
     counts["\0letters"] = (len(lie) - len(truth)) / 5
     return {zlib.crc32(name.encode()) >> (32 - _BITS): float(count) for name, count in counts.items() if count}
 
 
-def choose(
-    candidates: Sequence[Candidate], potentials: Mapping[int, float], seed: int, key: str
-) -> list[Candidate]:
+def choose(candidates: Sequence[Candidate], potentials: Mapping[int, float], seed: int, key: str) -> list[Candidate]:
     """All candidates, in the order of a draw without replacement; a pure function of its arguments."""
     keyed = []
     for index, candidate in enumerate(candidates):
@@ -115,7 +114,4 @@ def fit_potentials(
         squared += gradient**2
         potentials += _RATE * gradient / np.sqrt(squared)
     kept = np.abs(potentials) >= _MIN_POTENTIAL
-    return {
-        int(name): round(float(value), _DIGITS)
-        for name, value in zip(used[kept], potentials[kept], strict=True)
-    }
+    return {int(name): round(float(value), _DIGITS) for name, value in zip(used[kept], potentials[kept], strict=True)}

@@ -46,9 +46,7 @@ class Endpoint:
                 f"text where the server asks for none)."
             )
         self._config = config
-        self._client = OpenAI(
-            base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout_seconds
-        )
+        self._client = OpenAI(base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout_seconds)
         self._pace = _Pace(config.requests_per_minute)
         self._lock = threading.Lock()
 
@@ -123,8 +121,7 @@ class Endpoint:
                 counts.input_tokens += usage.prompt_tokens
                 counts.output_tokens += usage.completion_tokens
                 counts.cost += (
-                    usage.prompt_tokens * self._config.input_price
-                    + usage.completion_tokens * self._config.output_price
+                    usage.prompt_tokens * self._config.input_price + usage.completion_tokens * self._config.output_price
                 ) / 1e6
         if not text:
             self._count(counts, "failed")

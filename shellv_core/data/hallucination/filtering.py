@@ -23,9 +23,7 @@ _ATTRIBUTE_TAGS = frozenset(
     {"JJ", "JJR", "JJS", "CD", "VBN", "VBG", "NN", "NNP", "RB", "NNS", "DT", "VBD", "VBZ",
      "VBP", "VB"}
 )  # fmt: skip
-_RELATION_TAGS = frozenset(
-    {"IN", "RP", "TO", "RB", "VBG", "VBZ", "VBP", "VBN", "VBD", "VB", "JJ", "NN", "NNS", "CC"}
-)
+_RELATION_TAGS = frozenset({"IN", "RP", "TO", "RB", "VBG", "VBZ", "VBP", "VBN", "VBD", "VB", "JJ", "NN", "NNS", "CC"})
 
 
 def changed_words(truth: str, lie: str) -> tuple[list[str], list[str]]:
@@ -121,7 +119,9 @@ _SAME_RELATIONS = {
 
 def _singular(words: list[str], doc: Any) -> str:
     """The changed words with the last in the singular, articles and numbers left out."""
-    kept = [word for word in words if word not in _SINGULAR_DETERMINERS | _PLURAL_DETERMINERS | {"the", "some"}] or words
+    kept = [
+        word for word in words if word not in _SINGULAR_DETERMINERS | _PLURAL_DETERMINERS | {"the", "some"}
+    ] or words
     if doc is not None:
         lemma = next((token.lemma_.lower() for token in doc if token.lower_ == kept[-1]), kept[-1])
         kept = [*kept[:-1], lemma]

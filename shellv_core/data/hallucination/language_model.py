@@ -77,7 +77,11 @@ def parse_answer(text: str, caption: Caption, types: Sequence[str]) -> tuple[dic
             faults[kind] = "no such type"
             continue
         allowed = {"text", "truth"} if kind == "event" else {"text"}
-        if not isinstance(item, dict) or set(item) != allowed or not all(isinstance(part, str) for part in item.values()):
+        if (
+            not isinstance(item, dict)
+            or set(item) != allowed
+            or not all(isinstance(part, str) for part in item.values())
+        ):
             faults[kind] = "malformed"
             continue
         truth = _spaced_as(item.get("truth", caption.text), caption.text)

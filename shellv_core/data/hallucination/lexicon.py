@@ -13,6 +13,12 @@ from importlib.resources import files
 
 from shellv_core.data.objects import COCO_SUPERCATEGORIES, find_mentions
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of `text`."""
+    return frozenset(text.split())
+
+
 # WordNet words that head a kind of thing; whatever stands below the word is of that kind.
 _KIND_HEADS = {
     "person": "person adult child worker athlete",
@@ -56,21 +62,23 @@ _SUPERCATEGORY_KINDS = {
 }  # fmt: skip
 
 # Words about the picture, its parts and amounts: no things that could be others.
-NO_OBJECTS = frozenset(
-    "top front side back middle background foreground center centre edge corner end group couple bunch lot lots number"
-    " pair pairs close view picture photo photograph image piece pieces kind type types kinds variety set row line"
-    " part way one ones thing things something someone somebody anything other others each half body area scene shot"
-    " time day night morning evening air game trick turn color colors style shape size pile stack slice slices head"
-    " hand hands face eye eyes mouth arm arms leg legs foot feet hair tail ear ears nose neck finger fingers paw"
-    " distance direction left right bottom rest series display assortment selection bit stuff item items object"
-    " objects people's world place places point spot sort herd flock crowd team family collection array".split()
+NO_OBJECTS = word_set(
+    "top front side back middle background foreground center centre edge corner end group couple bunch lot"
+    " lots number pair pairs close view picture photo photograph image piece pieces kind type types kinds"
+    " variety set row line part way one ones thing things something someone somebody anything other others each"
+    " half body area scene shot time day night morning evening air game trick turn color colors style shape"
+    " size pile stack slice slices head hand hands face eye eyes mouth arm arms leg legs foot feet hair tail"
+    " ear ears nose neck finger fingers paw distance direction left right bottom rest series display assortment"
+    " selection bit stuff item items object objects people's world place places point spot sort herd flock"
+    " crowd team family collection array"
 )
 
 # After a preposition these tell no place.
-NO_PLACES = frozenset(
-    "phone cellphone camera sun sunlight rain dark light shade air wind motion use sale fire love order addition charge"
-    " hand lap mouth face arm leg foot head body back eye season weather display duty vacation fun pose action"
-    " baseball tennis soccer football basketball video birthday dinner lunch breakfast sport competition match".split()
+NO_PLACES = word_set(
+    "phone cellphone camera sun sunlight rain dark light shade air wind motion use sale fire love order"
+    " addition charge hand lap mouth face arm leg foot head body back eye season weather display duty vacation"
+    " fun pose action baseball tennis soccer football basketball video birthday dinner lunch breakfast sport"
+    " competition match"
 )
 
 # Groups of which each word, applied to one thing, is contradicted by all words of the others in its line.
@@ -120,14 +128,14 @@ _CONTRARY_ADJECTIVES = (
     "snow-covered | grass-covered",
     "red | white | sparkling",
 )
-COLORS = frozenset(
-    "white black red blue navy green yellow golden gold brown tan beige gray grey silver pink orange purple".split()
+COLORS = word_set(
+    "white black red blue navy green yellow golden gold brown tan beige gray grey silver pink orange purple"
 )
 # Adjectives that belong to a name.
-FIXED_ADJECTIVES = frozenset(
-    "hot teddy polar remote cell living dining high same other many several various different few next own first"
-    " second last such only double stuffed oven wild front back middle good ready able sure visible close full"
-    " hydrant urinal semi mobile public semi-truck asian french single lone fashioned colored haired half".split()
+FIXED_ADJECTIVES = word_set(
+    "hot teddy polar remote cell living dining high same other many several various different few next own"
+    " first second last such only double stuffed oven wild front back middle good ready able sure visible close"
+    " full hydrant urinal semi mobile public semi-truck asian french single lone fashioned colored haired half"
 )
 FIXED_PHRASES = frozenset(
     {
@@ -243,7 +251,7 @@ AMOUNTS = (
     ("a couple of", "two"),
     ("a group of", "a bunch of", "a lot of", "lots of", "a crowd of", "a large group of", "dozens of", "many"),
 )
-PAIRED = frozenset("scissors skis pants shoes glasses shorts jeans skates boots gloves socks pliers".split())
+PAIRED = word_set("scissors skis pants shoes glasses shorts jeans skates boots gloves socks pliers")
 # What is true of a thing by its very nature, so that it can be said of it unseen.
 INHERENT = {
     "furry": "dog cat bear kitten puppy rabbit squirrel monkey",
@@ -252,26 +260,26 @@ INHERENT = {
     "striped": "zebra",
     "spotted": "giraffe",
     "gray": "elephant",
-    "living": "man woman person boy girl child kid lady guy baby player skier surfer snowboarder skateboarder cow horse",
-    "metal": "car bus train truck airplane plane motorcycle motorbike knife fork scissors oven refrigerator microwave jet"
-    " bicycle bike stove hydrant",
+    "living": "man woman person boy girl child kid lady guy baby player skier surfer snowboarder skateboarder cow"
+    " horse",
+    "metal": "car bus train truck airplane plane motorcycle motorbike knife fork scissors oven refrigerator microwave"
+    " jet bicycle bike stove hydrant",
     "edible": "pizza sandwich cake banana apple orange broccoli carrot donut doughnut salad hotdog burger bread soup"
     " food meal vegetable fruit",
     "indoor": "kitchen bathroom bedroom room office toilet sink couch sofa bed refrigerator bathtub",
     "outdoor": "street road beach field park mountain ocean river forest hill yard sidewalk lake slope runway highway"
     " intersection harbor",
-    "man-made": "building tower bridge castle sign clock lamp chair table desk bench house fence vase bowl plate cup box"
-    " light counter shelf mirror boat ship statue store wall tub cart bag umbrella suitcase kite frisbee surfboard"
-    " skateboard snowboard racket bat ball",
-    "electric": "laptop computer television tv phone microwave",
+    "man-made": "building tower bridge castle sign clock lamp chair table desk bench house fence vase bowl plate cup"
+    " box light counter shelf mirror boat ship statue store wall tub cart bag umbrella suitcase kite frisbee surfboard"
+    " skateboard snowboard racket bat ball laptop computer television tv phone",
 }
 NOT_INHERENT = {
-    "furry": ("feathered", "metal", "woolly"), "feathered": ("furry", "woolly", "metal"),
-    "woolly": ("feathered", "striped", "spotted"), "striped": ("spotted", "woolly", "feathered"),
+    "furry": ("feathered", "metal", "man-made"), "feathered": ("furry", "woolly", "man-made"),
+    "woolly": ("feathered", "striped", "spotted"), "striped": ("spotted", "woolly", "man-made"),
     "spotted": ("striped", "woolly", "feathered"), "gray": ("striped", "spotted", "feathered"),
-    "living": ("metal", "stuffed", "feathered"), "metal": ("wooden", "edible", "furry"),
-    "edible": ("inedible", "metal", "furry"), "indoor": ("outdoor",), "outdoor": ("indoor",),
-    "electric": ("wooden", "edible"), "man-made": ("edible", "furry", "feathered"),
+    "living": ("man-made", "metal", "feathered"), "metal": ("living", "edible", "furry"),
+    "edible": ("living", "metal", "man-made"), "indoor": ("outdoor",), "outdoor": ("indoor",),
+    "man-made": ("living", "edible", "furry"),
 }  # fmt: skip
 # Where the ground and the sky are in any picture; the second of each is not so.
 INHERENT_RELATIONS = (
@@ -286,9 +294,9 @@ POSTURES = (
     "sit seat", "stand", "lie", "walk stroll", "run", "sleep", "kneel", "jump", "crouch", "swim", "fly",
 )  # fmt: skip
 # Nouns before "of" that count or gather what follows.
-QUANTITIES = frozenset(
-    "group couple bunch number pair herd flock crowd lot lots row line pile stack set variety assortment collection"
-    " series team family display picture photo photograph image selection".split()
+QUANTITIES = word_set(
+    "group couple bunch number pair herd flock crowd lot lots row line pile stack set variety assortment"
+    " collection series team family display picture photo photograph image selection"
 )
 
 # Verbs that one picture may well show at once; each line is a group.
@@ -325,11 +333,11 @@ _COMPATIBLE_VERBS = (
     "wear have don sport dress",
 )
 # Bearings of the body that go with most that one does.
-_BEARINGS = frozenset("sit stand lie lean rest perch wait pose seat squat crouch kneel gather".split())
+_BEARINGS = word_set("sit stand lie lean rest perch wait pose seat squat crouch kneel gather")
 # Whoever does these has another bearing, or none: they exclude the bearings and, save for what is listed, each other.
-_MOTIONS = frozenset(
-    "walk run sleep jump fly swim ride drive travel ski surf snowboard skate skateboard float hang climb cross race"
-    " slide fall roll chase".split()
+_MOTIONS = word_set(
+    "walk run sleep jump fly swim ride drive travel ski surf snowboard skate skateboard float hang climb cross"
+    " race slide fall roll chase"
 )
 # Verb -> verbs that may hold beside it.
 _COMPATIBLE_WITH = {
@@ -356,24 +364,24 @@ _COMPATIBLE_WITH = {
     "wear": "hold",
 }
 # States that a picture may show beside anything else: no events, and no relations that could be exchanged.
-STATIVE = frozenset(
+STATIVE = word_set(
     "be have wear look seem show feature include contain dress sport match appear consist say read name call"
-    " make get do go come take use try let see need want like become keep fill cover line top light color".split()
+    " make get do go come take use try let see need want like become keep fill cover line top light color"
 )
 
-_GAMES = frozenset("baseball tennis soccer football basketball hockey golf volleyball cricket rugby".split())
-_MEN = frozenset("man men boy boys guy guys gentleman gentlemen male father son policeman groom".split())
-_WOMEN = frozenset("woman women girl girls lady ladies female mother daughter bride".split())
+_GAMES = word_set("baseball tennis soccer football basketball hockey golf volleyball cricket rugby")
+_MEN = word_set("man men boy boys guy guys gentleman gentlemen male father son policeman groom")
+_WOMEN = word_set("woman women girl girls lady ladies female mother daughter bride")
 # Sexes and ages contradict each other; trades do too, but a man may be a player.
 _GENDERED_GROUPS = (
-    frozenset("man guy gentleman".split()),
-    frozenset("woman lady".split()),
+    frozenset(["man", "guy", "gentleman"]),
+    frozenset(["woman", "lady"]),
     frozenset({"boy"}),
     frozenset({"girl"}),
-    frozenset("child kid toddler".split()),
+    frozenset(["child", "kid", "toddler"]),
     frozenset({"baby"}),
 )
-_PERSON_GENERIC = frozenset("person people someone adult human individual pedestrian".split())
+_PERSON_GENERIC = frozenset(["person", "people", "someone", "adult", "human", "individual", "pedestrian"])
 _SAME_THINGS = (
     "street road roadway highway avenue lane", "plane airplane jet airliner aircraft jetliner",
     "bike bicycle motorcycle motorbike scooter moped cycle", "couch sofa loveseat", "tv television monitor screen",
@@ -540,7 +548,7 @@ def load_lexicon() -> Lexicon:
 
 
 def gender(noun: str) -> str:
-    """"m", "f" or "" where a noun does not tell."""
+    """ "m", "f" or "" where a noun does not tell."""
     last = noun.rsplit(" ", 1)[-1]
     return "m" if last in _MEN else "f" if last in _WOMEN else ""
 

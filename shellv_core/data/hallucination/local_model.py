@@ -33,12 +33,12 @@ class LocalModel:
             )
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, local_files_only=True, dtype=getattr(torch, config.dtype)
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} does not hold a causal language model with its tokenizer: {error}") from None
-        self._model.to(config.device).eval()
+        self._model: Any = model.to(config.device).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         if self._tokenizer.pad_token_id is None:

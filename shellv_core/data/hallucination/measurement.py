@@ -19,6 +19,7 @@ from shellv_core.errors import DataError
 
 _WORD_BITS, _CHARACTER_BITS = 18, 18
 _INVERSE_REGULARIZATION = 1.0
+_WORD_OR_MARK = r"(?u)\w+|[^\w\s]"
 _BOOTSTRAPS = 1000
 _MIN_PAIRS = 20
 
@@ -60,7 +61,9 @@ def _measure_one(kind: str, pairs: list[tuple[str, str]], seed: int) -> PairAccu
     from sklearn.linear_model import LogisticRegression
 
     if len(pairs) < _MIN_PAIRS:
-        raise DataError(f"{len(pairs)} pairs of type {kind!r} are too few to measure; at least {_MIN_PAIRS} are needed.")
+        raise DataError(
+            f"{len(pairs)} pairs of type {kind!r} are too few to measure; at least {_MIN_PAIRS} are needed."
+        )
     features = _features([lie for _, lie in pairs]) - _features([truth for truth, _ in pairs])
     held_out = np.array([_half(truth.strip().lower(), seed) for truth, _ in pairs], dtype=bool)
     if held_out.all() or not held_out.any():
@@ -87,7 +90,7 @@ def _features(texts: list[str]) -> Any:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     words = HashingVectorizer(
-        ngram_range=(1, 2), n_features=2**_WORD_BITS, token_pattern=r"(?u)\w+|[^\w\s]", norm=None, alternate_sign=False
+        ngram_range=(1, 2), n_features=2**_WORD_BITS, token_pattern=_WORD_OR_MARK, norm=None, alternate_sign=False
     )
     characters = HashingVectorizer(
         analyzer="char_wb", ngram_range=(2, 4), n_features=2**_CHARACTER_BITS, norm="l2", alternate_sign=False

@@ -8,11 +8,18 @@ from functools import cached_property
 from typing import Any
 
 from shellv_core.data.hallucination.captions import Caption
-from shellv_core.data.hallucination.lexicon import FIXED_PHRASES, NO_OBJECTS, NO_PLACES, QUANTITIES, load_lexicon
+from shellv_core.data.hallucination.lexicon import (
+    FIXED_PHRASES,
+    NO_OBJECTS,
+    NO_PLACES,
+    QUANTITIES,
+    load_lexicon,
+    word_set,
+)
 from shellv_core.data.objects import find_mentions
 
-PRONOUNS = frozenset(
-    "he she it they him her them his hers its their theirs himself herself itself themselves each another both".split()
+PRONOUNS = word_set(
+    "he she it they him her them his hers its their theirs himself herself itself themselves each another both"
 )
 _INSIDE_NOUN_PHRASE = frozenset({"det", "amod", "compound", "nummod", "poss", "predet", "nmod", "quantmod"})
 
@@ -63,7 +70,7 @@ class ParsedCaption:
             lemma = " ".join([*words[:-1], token.lemma_.lower()])
             kind = lexicon.kind(lemma)
             if kind:
-                plural = token.tag_ == "NNS" or words[-1] in ("people", "sheep") and self._article(start) == ""
+                plural = token.tag_ == "NNS" or (words[-1] in ("people", "sheep") and self._article(start) == "")
                 found.append(Unit(start, token.i + 1, " ".join(words), lemma, kind, plural))
         return found
 
@@ -122,6 +129,11 @@ class ParsedCaption:
                     return next((self.unit_at(item.i) for item in child.children if item.dep_ == "pobj"), None)
         return self.unit_at(token.i)
 
+    def subject_kind(self, token: Any) -> str:
+        """The kind of what `token` names or is a group of, or ""."""
+        unit = self.subject_unit(token)
+        return unit.kind if unit else ""
+
     def left(self, index: int) -> str:
         """The word before token `index`, "^" at the start. Articles count as one word, as they follow what comes."""
         word = self.words[index - 1] if index > 0 else "^"
@@ -167,4 +179,6 @@ class ParsedCaption:
 
 def lemma_of(verb: Any) -> str:
     """The verb's lemma, mended where the parser is known to err."""
-    return {"rid": "ride", "lay": "lie", "seat": "sit", "grazing": "graze"}.get(verb.lemma_.lower(), verb.lemma_.lower())
+    return {"rid": "ride", "lay": "lie", "seat": "sit", "grazing": "graze"}.get(
+        verb.lemma_.lower(), verb.lemma_.lower()
+    )

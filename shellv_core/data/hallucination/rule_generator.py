@@ -91,7 +91,7 @@ class RuleGenerator:
                 progress.update()
             statistics = CorpusStatistics.of(parsed)
             rules = self._rules(statistics)
-            potentials = {}
+            potentials: dict[str, dict[int, float]] = {}
             for kind in self._config.types:
                 proposals = []
                 for caption in parsed:
@@ -146,8 +146,8 @@ class RuleGenerator:
                 counts.kept[slot.kind] += 1
                 rewrites[slot.index].append(slot.taken)
         counts.captions += len(chunk)
-        for caption, found in zip(chunk, rewrites, strict=True):
-            yield RewrittenCaption(caption, tuple(found))
+        for source, found in zip(chunk, rewrites, strict=True):
+            yield RewrittenCaption(source, tuple(found))
 
     def _try_next(self, parsed: list[ParsedCaption], slots: list[_Slot], counts: RewriteCounts) -> None:
         proposals = [slot.next_rewrite(parsed[slot.index]) for slot in slots]

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from shellv_core.data.hallucination.config import RewriteType
@@ -36,6 +37,7 @@ from shellv_core.data.hallucination.lexicon import (
     WHOLE_RELATIONS,
     gender,
     load_lexicon,
+    word_set,
 )
 from shellv_core.data.hallucination.parsed import ParsedCaption, Unit, lemma_of
 from shellv_core.data.hallucination.statistics import (
@@ -106,7 +108,7 @@ class Rules:
                 known = found.get((candidate.text, candidate.truth))
                 if known is None or known.log_weight < candidate.log_weight:
                     found[candidate.text, candidate.truth] = candidate
-            if found:
+            if any(candidate.rule != "one to several" for candidate in found.values()):
                 break
         ordered = sorted(found.values(), key=lambda item: (-item.log_weight, item.text))
         return ordered[: self._num_candidates]
@@ -195,9 +197,14 @@ class Rules:
                 continue
             if any(child.dep_ in ("advmod", "npadvmod") for child in token.children):
                 continue
-            if word in FIXED_ADJECTIVES or (word, following) in FIXED_PHRASES or "-" in (
-                following,
-                caption.left(token.i),
+            if (
+                word in FIXED_ADJECTIVES
+                or (word, following) in FIXED_PHRASES
+                or "-"
+                in (
+                    following,
+                    caption.left(token.i),
+                )
             ):
                 continue
             if word in COLORS and token.dep_ == "conj" and caption.left(token.i) == "and":
@@ -255,7 +262,7 @@ class Rules:
             truth = apply_edits(caption.text, [(position, position, f"{told} ")])[0]
             for other in NOT_INHERENT[told]:
                 text = apply_edits(caption.text, [(position, position, f"{other} ")])[0]
-                yield Candidate(text, truth, told, other, 0.0, "inherent")
+                yield Candidate(text, truth, told, other, -12.0, "inherent")
 
     def _postures(self, caption: ParsedCaption) -> Iterator[Candidate]:
         for verb in caption.verbs():
@@ -381,10 +388,10 @@ class Rules:
         if len(colors) == 1:
             return colors.pop() or ""
         phrase = unit.phrase.split(" ")[0]
-        told = set()
+        told: set[str] = set()
         for text in caption.caption.other_captions:
             words = text.lower().replace(",", " ").replace(".", " ").split()
-            told.update(word for word, after in zip(words, words[1:], strict=False) if after == phrase and word in COLORS)
+            told.update(word for word, after in pairwise(words) if after == phrase and word in COLORS)
         return told.pop() if len(told) == 1 else ""
 
     # relations
@@ -402,13 +409,13 @@ class Rules:
                 words = other.split(" ")
                 right = caption.right(position + size)
                 weight = self._statistics.log_context(caption.left(position), words[0], words[-1], right)
-                for before, after in zip(words, words[1:], strict=False):
+                for before, after in pairwise(words):
                     seen = self._statistics.bigrams[f"{before} {after}"] + 0.5
                     weight += math.log(seen / (self._statistics.words[before] + 5.0))
                 place = next((child for child in last.children if child.dep_ == "pobj"), None)
-                if phrase == "with" and other != "without":
-                    if place is None or not self._statistics.governed[f"{words[-1]}|{place.lemma_.lower()}"]:
-                        continue
+                lemma = place.lemma_.lower() if place is not None else ""
+                if phrase == "with" and other != "without" and not self._statistics.governed[f"{words[-1]}|{lemma}"]:
+                    continue
                 if place is not None and len(words) == 1:
                     weight += 0.5 * self._statistics.log_governed(other, place.lemma_.lower())
                 span = caption.span(position, position + size)
@@ -447,7 +454,24 @@ class Rules:
             return []
         place = next((child for child in last.children if child.dep_ == "pobj"), None)
         if last.tag_ == "RP" or phrase in ("up", "down"):
-            verbs = ("ride", "walk", "go", "ski", "drive", "run", "fly", "come", "travel", "look", "climb", "slide", "move", "jump", "ski", "skateboard")
+            verbs = (
+                "ride",
+                "walk",
+                "go",
+                "ski",
+                "drive",
+                "run",
+                "fly",
+                "come",
+                "travel",
+                "look",
+                "climb",
+                "slide",
+                "move",
+                "jump",
+                "ski",
+                "skateboard",
+            )
             head = last.head
             return list(CONTRARY_PREPOSITIONS[phrase]) if head.pos_ == "VERB" and lemma_of(head) in verbs else []
         if place is None or place.pos_ not in ("NOUN", "PROPN", "PRON"):
@@ -548,7 +572,7 @@ class Rules:
             if other is None or not relation or other.end > unit.start:
                 other = self._before(caption, unit)
                 relation = "?"
-            if other is None:
+            if other is None or self._relation_before(caption, unit) in SYMMETRIC:
                 continue
             if unit.plural != other.plural and any(token.tag_ in ("VBZ", "VBP") for token in caption.doc):
                 continue
@@ -563,10 +587,14 @@ class Rules:
             weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
             if relation == "?" or (not seen and not self._can_change_places(unit, other, relation, head)):
                 weight -= 10.0
-            text, original, replacement = apply_edits(
-                caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])]
-            )
+            text, original, replacement = apply_edits(caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])])
             yield Candidate(text, caption.text, original, replacement, weight, "exchange")
+
+    def _relation_before(self, caption: ParsedCaption, unit: Unit) -> str:
+        """The preposition of up to three words right before the noun phrase of `unit`, or ""."""
+        start = caption.noun_phrase_start(unit)
+        phrases = (" ".join(caption.words[max(start - size, 0) : start]) for size in (3, 2, 1))
+        return next((phrase for phrase in phrases if phrase in SYMMETRIC | ASYMMETRIC), "")
 
     def _before(self, caption: ParsedCaption, unit: Unit) -> Unit | None:
         """The nearest thing before `unit` that a word of relation parts from it."""
@@ -632,20 +660,21 @@ class Rules:
     def _onlookers(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Of every picture it is true that somebody photographs what it shows, and false of what it cannot show."""
         shown = {unit.kind for unit in caption.units}
-        if not caption.lemmas:
-            return
         shown |= {self._lexicon.kind(category) for category in caption.known_categories}
         sure = {self._lexicon.sure_kind(unit.lemma) for unit in caption.units}
         true = {_LABELS[kind] for kind in sure if kind in _LABELS}
-        if len(true) > 1:
-            true.discard("person" if "scene" in true else "scene")
         excluded = set(caption.words) | {label for kind in shown for label in _ALSO_SHOWN.get(kind, ())}
-        for label in sorted(true):
-            for other in sorted(set(_LABELS.values()) - true - excluded - {"person", "scene"}):
-                for words in _ONLOOKERS:
-                    truth, lie = (_appended(caption.text, f"{words} the {name}") for name in (label, other))
-                    start = words.strip(" ,")
-                    yield Candidate(lie, truth, f"{start} the {label}", f"{start} the {other}", -8.0, "onlooker")
+        pairs = [(told, other) for told in sorted(true) for other in sorted(set(_LABELS.values()) - true - excluded)]
+        if not pairs:
+            for unit in (*caption.units, *caption.other_nouns)[:2]:
+                absent = (item for item in self._alternatives(unit) if self._is_absent(caption, unit, item[1]))
+                best = sorted(absent, key=lambda item: (-item[2], item[0]))[:12]
+                pairs += [(unit.phrase, phrase) for phrase, _, _ in best]
+        for told, other in pairs:
+            for words in _ONLOOKERS:
+                truth, lie = (_appended(caption.text, f"{words} the {name}") for name in (told, other))
+                start = words.strip(" ,")
+                yield Candidate(lie, truth, f"{start} the {told}", f"{start} the {other}", -8.0, "onlooker")
 
     def _events_elsewhere(self, caption: ParsedCaption, subject: Unit, item: EventPhrase) -> list[Event]:
         found = [
@@ -688,8 +717,8 @@ _HAVING = {
     "featuring": "", "features": "is ", "includes": "is ", "including": "",
 }  # fmt: skip
 # Objects of these can be told in another number without a change elsewhere.
-_COUNTED_AFTER = frozenset(
-    "^ of with near beside by to hold carry eat watch have pull push fly cut chase feed see drive park contain".split()
+_COUNTED_AFTER = word_set(
+    "^ of with near beside by to hold carry eat watch have pull push fly cut chase feed see drive park contain"
 )
 _EVENT_STYLES = ((", ", 0.6), (" seen ", 0.1), (", pictured ", 0.1), (" who are ", 0.2))
 _ONLOOKERS = (
@@ -699,8 +728,7 @@ _ONLOOKERS = (
     ", as a camera is pointed at",
 )
 _LABELS = {
-    "": "scene",
-    "person": "person", "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
+    "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
     "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants", "structure": "street",
     "vessel": "dishes", "indoor": "furniture", "bedding": "furniture", "device": "furniture",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from shellv_core.data.hallucination.lexicon import FIXED_ADJECTIVES, STATIVE, load_lexicon
@@ -74,7 +75,7 @@ class CorpusStatistics:
         self.num_captions += 1
         words = ["^", *("a" if word == "an" else word for word in caption.words), "$"]
         self.words.update(words)
-        self.bigrams.update(map(" ".join, zip(words, words[1:])))
+        self.bigrams.update(map(" ".join, pairwise(words)))
         for unit in caption.units:
             self.units[f"{unit.kind}|{'p' if unit.plural else 's'}|{unit.phrase}|{unit.lemma}"] += 1
         lemmas = sorted({unit.lemma for unit in caption.units})
@@ -89,8 +90,8 @@ class CorpusStatistics:
             follows, kind = frame(caption, verb)
             self.frames[f"{lemma}|{follows}|{kind}"] += 1
             doer = caption.subject(verb)
-            unit = caption.subject_unit(doer) if doer is not None else None
-            self.doers[f"{unit.kind if unit else ''}|{lemma}"] += 1
+            kind_of_doer = caption.subject_kind(doer) if doer is not None else ""
+            self.doers[f"{kind_of_doer}|{lemma}"] += 1
         for unit in caption.units:
             self.governed[f"{governor(caption, unit)}|{unit.lemma}"] += 1
             if unit.end - unit.start == 2:
@@ -152,12 +153,17 @@ class CorpusStatistics:
         statistics = cls(num_captions=record["num_captions"])
         for name in _COUNTERS:
             setattr(statistics, name, Counter(record[name]))
-        statistics.events = [Event(*row[:4], tuple(row[4]), *row[5:]) for row in record["events"]]
+        statistics.events = [
+            Event(kind, plural, phrase, verb, tuple(nouns), subject, sentence)
+            for kind, plural, phrase, verb, nouns, subject, sentence in record["events"]
+        ]
         return statistics
 
 
-_COUNTERS = ("words", "bigrams", "units", "together", "lemmas", "adjectives", "verbs", "frames", "relations", "doers", "governed",
-             "compounds")  # fmt: skip
+_COUNTERS = (
+    "words", "bigrams", "units", "together", "lemmas", "adjectives", "verbs", "frames", "relations", "doers",
+    "governed", "compounds",
+)  # fmt: skip
 
 
 class Vocabulary:

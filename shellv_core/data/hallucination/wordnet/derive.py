@@ -60,7 +60,7 @@ def _nouns(synsets: dict[str, _Synset], senses: dict[str, list[str]], counts: di
             kept.add(node)
             parent_of[node] = next((item for item in synsets[node].parents), "")
             node = parent_of[node]
-    children = defaultdict(int)
+    children: dict[str, int] = defaultdict(int)
     for node in kept:
         children[parent_of[node]] += 1
     number = {offset: str(index) for index, offset in enumerate(sorted(kept))}
@@ -86,7 +86,8 @@ def _adjectives(
     used = {word for word in senses if _WORD.fullmatch(word) and any(counts.get((word, kind), 0) for kind in (3, 5))}
     for word in sorted(used):
         offsets = senses[word]
-        antonyms, synonyms = set(), set()
+        antonyms: set[str] = set()
+        synonyms: set[str] = set()
         for offset in offsets[:3]:
             synset = synsets[offset]
             synonyms.update(synset.words)
