@@ -105,6 +105,27 @@ _SYNONYMS: dict[str, str] = {
 }
 COCO_CLASSES: tuple[str, ...] = tuple(_SYNONYMS)
 
+# COCO's supercategory of each class.
+COCO_SUPERCATEGORIES: dict[str, str] = {
+    name.strip(): supercategory
+    for supercategory, names in {
+        "person": "person",
+        "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
+        "outdoor": "traffic light, fire hydrant, stop sign, parking meter, bench",
+        "animal": "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe",
+        "accessory": "backpack, umbrella, handbag, tie, suitcase",
+        "sports": "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,"
+        " tennis racket",
+        "kitchen": "bottle, wine glass, cup, fork, knife, spoon, bowl",
+        "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
+        "furniture": "chair, couch, potted plant, bed, dining table, toilet",
+        "electronic": "tv, laptop, mouse, remote, keyboard, cell phone",
+        "appliance": "microwave, oven, toaster, sink, refrigerator",
+        "indoor": "book, clock, vase, scissors, teddy bear, hair drier, toothbrush",
+    }.items()
+    for name in names.split(",")
+}
+
 _YOUNG_OR_GROWN = (
     "bird",
     "cat",
@@ -199,4 +220,6 @@ def _build_phrases() -> dict[str, str]:
 
 
 _PHRASES = _build_phrases()
+# Every word or phrase that names a COCO class, in singular and plural.
+COCO_PHRASES: frozenset[str] = frozenset(phrase for phrase, category in _PHRASES.items() if category != _NO_CLASS)
 _MAX_WORDS = max(phrase.count(" ") for phrase in _PHRASES) + 1

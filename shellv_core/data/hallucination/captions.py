@@ -1,0 +1,88 @@
+"""What goes into a generator and what comes out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shellv_core.data.samples import HallucinatedCaption, SampleObject
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A true caption and what else is known of its image.
+
+    Attributes:
+        text: The caption as its source has it.
+        objects: What is in the image, where that is known; categories are COCO's names or other nouns.
+        other_captions: More true captions of the same image.
+    """
+
+    text: str
+    objects: tuple[SampleObject, ...] = ()
+    other_captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A lie and the true sentence that it is to be told from.
+
+    Attributes:
+        hallucinated: The lie; its `original` and `replacement` are the changed words of `truth` and of the lie.
+        truth: A true caption in the lie's style: the source caption itself, or, where words were added, the caption
+            extended or rephrased in the same way with what is true.
+    """
+
+    hallucinated: HallucinatedCaption
+    truth: str
+
+
+@dataclass(frozen=True)
+class RewrittenCaption:
+    """All rewrites of one caption, at most one of each type, in the order of the types asked for."""
+
+    caption: Caption
+    rewrites: tuple[Rewrite, ...]
+
+
+@dataclass
+class RewriteCounts:
+    """What happened, for a manifest. All counts are of rewrites, except `captions` and the requests and tokens."""
+
+    captions: int = 0
+    kept: Counter[str] = field(default_factory=Counter)  # by type
+    rejected: Counter[str] = field(default_factory=Counter)  # by "type: reason"
+    missing: Counter[str] = field(default_factory=Counter)  # by "type: reason" where a caption stays without that type
+    requests: Counter[str] = field(default_factory=Counter)  # endpoint: sent, retried, cached, failed
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+
+    def add(self, other: RewriteCounts) -> None:
+        """Add another worker's counts."""
+        self.captions += other.captions
+        for name in ("kept", "rejected", "missing", "requests"):
+            getattr(self, name).update(getattr(other, name))
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.cost += other.cost
+
+    def to_record(self) -> dict[str, object]:
+        """A JSON-serialisable form, keys sorted."""
+        record: dict[str, object] = {"captions": self.captions}
+        for name in ("kept", "rejected", "missing", "requests"):
+            record[name] = dict(sorted(getattr(self, name).items()))
+        return record | {
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost": round(self.cost, 6),
+        }
+
+
+class State(Protocol):
+    """What `fit` learns; `to_json` and the generator's `read_state` are each other's inverse."""
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: equal states give equal bytes."""
+        ...

@@ -1,0 +1,1 @@
+"""A table of word relations derived from WordNet 3.0."""
