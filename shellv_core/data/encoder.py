@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -45,7 +46,7 @@ class Encode(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ConversationEncoder:
-    """Encodes the conversations of samples.
+    """Encodes the conversations of samples. Safe to use from several threads.
 
     Attributes:
         tokenizer: a fast tokenizer, the image token among its tokens.
@@ -58,6 +59,7 @@ class ConversationEncoder:
     image_token_id: int
     tasks: tuple[str, ...] | None = None
     encode: Encode = encode_conversations
+    _idle: list[PreTrainedTokenizerBase] = field(default_factory=list, init=False, repr=False)
 
     def conversations(self, sample: Sample) -> list[Conversation]:
         """The conversations of a sample that are trained on; none is possible."""
@@ -71,7 +73,15 @@ class ConversationEncoder:
         Raises:
             DataError: if a conversation cannot be encoded.
         """
-        return list(self.encode(self.tokenizer, conversations, self.image_token_id, num_image_tokens, NO_LIMIT))
+        # transformers keeps settings of a call in the tokenizer, so threads must not share one.
+        try:
+            tokenizer = self._idle.pop()
+        except IndexError:
+            tokenizer = copy.deepcopy(self.tokenizer)
+        try:
+            return list(self.encode(tokenizer, conversations, self.image_token_id, num_image_tokens, NO_LIMIT))
+        finally:
+            self._idle.append(tokenizer)
 
     @functools.cached_property
     def identity(self) -> str:

@@ -1,6 +1,6 @@
 """Training data from shards in S3 to packed batches, beside raw requests and beside LLaVA's way of reading.
 
-    python -m tests.bench.reading --samples 1500 --workers 2
+    python -m tests.bench.reading --samples 1500
 
 All in one run, interleaved, on the same samples: photographs in the sizes of LLaVA's instruction data (the real ones
 beside the project where they are, cropped and encoded anew, else pictures of that kind) in shards on a SeaweedFS
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the data, read it each way and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1500)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

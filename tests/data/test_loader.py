@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -206,6 +207,16 @@ def test_resumed_batches_are_those_of_an_uninterrupted_run(reader: SplitReader, 
             for expected, packs in zip(whole, taken + list(second), strict=True):
                 assert len(expected) == len(packs)
                 assert all(equal(a, b) for a, b in zip(expected, packs, strict=True))
+
+
+def test_threads_do_not_disturb_each_others_tokens() -> None:
+    """Texts that name a special token are encoded with another setting of the tokenizer than those that do not."""
+    turns = [{"from": "human", "value": "What is </s>?"}, {"from": "gpt", "value": "The end, </s>."}]
+    work = [[turns], [SAMPLES[0].conversations]] * 200
+    expected = [ENCODER(conversations, IMAGE_TOKENS)[0][0].tobytes() for conversations in work]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda conversations: ENCODER(conversations, IMAGE_TOKENS)[0][0].tobytes(), work))
+    assert found == expected
 
 
 def test_the_last_step_may_leave_ranks_without_packs(reader: SplitReader) -> None:
