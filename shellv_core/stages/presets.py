@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shellv_core.config import Config, apply_overrides, build_config, nearest
-from shellv_core.data.config import ScenesSource
+from shellv_core.data.config import ScenesSource, TokensConfig
+from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.data.scenes.config import ScenesConfig
 from shellv_core.data.sources.config import LlavaSource
 from shellv_core.errors import ConfigError
@@ -117,7 +118,11 @@ def shellv_7b() -> Preset:
         checkpoint_every_steps=300,
     )
     return Preset(
-        prepare_data=PrepareDataConfig(llava=LlavaSource(annotations="", images="")),
+        prepare_data=PrepareDataConfig(
+            llava=LlavaSource(annotations="", images="", answers_are_captions=True),
+            tokens=TokensConfig(tokenizer="WisdomShell/Shell-7B", template="shellv"),
+            hallucination=HallucinationConfig(),
+        ),
         pretrain_projector=PretrainProjectorConfig(
             model=ModelConfig(
                 vision_tower=VisionTowerConfig(

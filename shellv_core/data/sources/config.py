@@ -27,6 +27,7 @@ class LlavaSource(Config):
     prefix: Prefix = "row"
     annotations: str
     images: str
+    answers_are_captions: bool = False  # the answer of a row's only exchange is its caption (LLaVA's pretraining lists)
 
 
 class HalEvalSource(Config):

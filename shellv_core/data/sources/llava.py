@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from shellv_core.data.samples import Sample
@@ -17,6 +18,7 @@ class LlavaRows(JsonSource):
 
     def __init__(self, config: LlavaSource) -> None:
         super().__init__(config.annotations, config.prefix, open_images(config.images))
+        self._answers_are_captions = config.answers_are_captions
 
     def identity(self, row: Any) -> bytes:
         """Return a hash of the keys that make the sample."""
@@ -35,7 +37,7 @@ class LlavaRows(JsonSource):
         row, name = checked_object(row), image_name_of(row)
         if name is None and row.get("image") is not None:
             raise BadRowError("image is not one path", f"{str(row['image'])[:60]!r}; one image a row is supported")
-        return sample_of(
+        sample = sample_of(
             row,
             key=self.key(number),
             default_id=str(number),
@@ -43,3 +45,6 @@ class LlavaRows(JsonSource):
             image_name=name,
             read=self.images.read,
         )
+        if self._answers_are_captions and sample.caption is None and sample.image and len(sample.conversations) == 2:
+            return replace(sample, caption=sample.conversations[1]["value"].strip())
+        return sample

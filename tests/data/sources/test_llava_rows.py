@@ -211,3 +211,24 @@ def test_damage_names_the_address(folder: Path, tmp_path: Path) -> None:
         list(source.rows(0))
     with pytest.raises(DataError, match="is not a file"):
         open_source(LlavaSource(annotations=str(tmp_path), images=str(folder)))
+
+
+def test_answers_can_be_the_captions_of_pretraining_rows(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": " A cat. "}]
+    more = [*turns, {"from": "human", "value": "And?"}, {"from": "gpt", "value": "Nothing."}]
+    rows = [
+        {"id": "pair", "image": "a.jpg", "conversations": turns},
+        {"id": "talk", "image": "a.jpg", "conversations": more},
+        {"id": "told", "image": "a.jpg", "conversations": turns, "caption": "Its own."},
+        {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    ]
+    (tmp_path / "a.jpg").write_bytes(small_image(0))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    addresses = {"annotations": str(tmp_path / "rows.json"), "images": str(tmp_path)}
+    captions = {
+        given: [
+            sample.caption for sample in read_all(open_source(LlavaSource(**addresses, answers_are_captions=given)))
+        ]
+        for given in (False, True)
+    }
+    assert captions == {False: [None, None, "Its own.", None], True: ["A cat.", None, "Its own.", None]}
