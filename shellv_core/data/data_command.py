@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,12 +141,10 @@ def _previews(conversations: Sequence[list[dict[str, str]]], args: argparse.Name
     for conversation in conversations:
         tokens = preview(conversation, tokenizer, template)
         trained = sum(is_trained for _, is_trained in tokens)
-        # Without color, trained tokens stand in brackets: [ A][ cat].
-        marks = (_TRAINED, _RESET, _SOFT, _RESET) if colored else ("[", "]", "", "")
-        text = "".join(
-            f"{marks[0]}{token}{marks[1]}" if is_trained else f"{marks[2]}{token}{marks[3]}"
-            for token, is_trained in tokens
-        )
+        # Without color, what is trained stands in brackets.
+        marks = {True: (_TRAINED, _RESET), False: (_SOFT, _RESET)} if colored else {True: ("[", "]"), False: ("", "")}
+        spans = groupby(tokens, key=lambda token: token[1])
+        text = "".join(marks[key][0] + "".join(token for token, _ in span) + marks[key][1] for key, span in spans)
         shown += [f"{len(tokens)} tokens, the image counting as one; {trained} trained on:", text]
     return shown
 

@@ -28,8 +28,9 @@ class SplitStatistics:
         samples_by_source: number of samples by where they came from.
         num_hallucinated: hallucinated captions.
         length_unit: "tokens" where the data was prepared for a tokenizer, else "words".
-        lengths: quantiles 0, 5, 50, 95 and 100 % of the conversations' lengths.
-        histogram: (from, to, conversations) in `length_unit`.
+        lengths: quantiles 0, 5, 50, 95 and 100 % of the tokens a conversation (an image counts as one), or of the words
+            a sample.
+        histogram: (from, to, number) of these lengths.
         image_sides: quantiles 0, 50 and 100 % of the images' longer side in pixels.
     """
 
@@ -92,7 +93,9 @@ def render_statistics(source: InputDirectory) -> str:
             f"  images         {found.num_images:,} ({found.num_unique_images:,} different),"
             f" longer side {_spread(found.image_sides)} px"
         )
-        lines.append(f"  conversations  {found.num_conversations:,}, {found.length_unit} {_spread(found.lengths)}")
+        of = "conversation" if found.length_unit == "tokens" else "sample"
+        lines.append(f"  conversations  {found.num_conversations:,}")
+        lines.append(f"  {found.length_unit} a {of}  {_spread(found.lengths)}")
         lines.append(f"  hallucinated captions  {found.num_hallucinated:,}")
         lines += [f"  from {name}: {number:,}" for name, number in found.samples_by_source.items()]
         most = max((number for *_, number in found.histogram), default=1)
