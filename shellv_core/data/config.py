@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shellv_core.config import Config, nearest
+from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.data.scenes.config import ScenesConfig, Share
 from shellv_core.data.sources.base import REASONS
 from shellv_core.data.sources.config import (
@@ -20,6 +21,7 @@ from shellv_core.data.sources.config import (
     TsvSource,
     WebDatasetSource,
 )
+from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 ROW_SOURCES = ("llava", "hal_eval", "coco", "tsv", "folder", "parquet", "webdataset")
 
@@ -42,6 +44,19 @@ class ScenesSource(Config):
         return self
 
 
+class TokensConfig(Config):
+    """Whose tokens the index counts, so that packing can plan without a pass over the data."""
+
+    tokenizer: str  # directory or hub id
+    template: str = DEFAULT_TEMPLATE  # conversation template, see shellv_core.templates
+
+    @model_validator(mode="after")
+    def _known(self) -> TokensConfig:
+        if self.template not in TEMPLATES:
+            raise ValueError(f"unknown conversation template {self.template!r}; {nearest(self.template, TEMPLATES)}")
+        return self
+
+
 class DataConfig(Config):
     """What goes into a data set; with several sources it is their union."""
 
@@ -60,6 +75,9 @@ class DataConfig(Config):
     #: What makes a row a duplicate, to be left out: the same text about an image of the same name (rows), about an
     #: image of the same bytes (content, which reads every image once more), or nothing (off).
     deduplicate: Literal["rows", "content", "off"] = "rows"
+    tokens: TokensConfig | None = None  # null counts words only
+    #: Make hallucinated captions for samples of the row sources that have a caption and none.
+    hallucination: HallucinationConfig | None = None
     #: Shrink images whose longer side has more pixels than this, and store them as JPEG; null keeps every byte.
     resize_longest: int | None = Field(default=None, ge=32)
 

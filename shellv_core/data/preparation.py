@@ -13,25 +13,31 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shellv_core.data.config import DataConfig
+from shellv_core.data.config import DataConfig, TokensConfig
+from shellv_core.data.conversation import encode_conversations
 from shellv_core.data.index import index_name, write_index
+from shellv_core.data.lengths import IDENTITY_DETAIL
 from shellv_core.data.plan import SCENES, SPLITS, Plan, Split, Unit, make_plan
 from shellv_core.data.sources.base import RejectedRow, Source
 from shellv_core.data.sources.opening import faults, is_remote, open_source
-from shellv_core.data.units import UnitResult, part_name, write_unit
+from shellv_core.data.units import UnitResult, UnitWriter, part_name
 from shellv_core.errors import ConfigError, DataError
 from shellv_core.progress import Progress
 from shellv_core.storage import Group, OutputDirectory
 
+if TYPE_CHECKING:
+    from shellv_core.data.encoder import ConversationEncoder
+
 PLAN_NAME = "plan.json"
+LEARNED_NAME = "hallucination.json"
 REJECTED_NAME = "rejected.jsonl"
 
 _NUM_ADDRESSES = 5  # bad rows named in an error
@@ -73,6 +79,42 @@ def plan_data(settings: DataConfig) -> Plan:
     return make_plan(settings, open_sources(settings))
 
 
+def learn_captions(settings: DataConfig, plan: Plan) -> bytes:
+    """What the making of hallucinated captions needs to know of all captions; b"" where none are asked for.
+
+    Raises:
+        DataError: if there is no caption to learn from.
+    """
+    if settings.hallucination is None:
+        return b""
+    from shellv_core.data.rewriting import learn
+
+    return learn(settings.hallucination, plan, open_sources(settings))
+
+
+def token_encoder(config: TokensConfig) -> ConversationEncoder:
+    """The encoder whose tokens the index counts.
+
+    Raises:
+        ConfigError: if the tokenizer cannot be loaded or the template does not exist.
+    """
+    from transformers import AutoTokenizer
+
+    from shellv_core.data.encoder import ConversationEncoder
+    from shellv_core.templates import IMAGE_TOKEN, add_template_tokens, template_named
+
+    template = template_named(config.template)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"tokens.tokenizer={config.tokenizer!r} cannot be loaded: {reason}") from None
+    add_template_tokens(tokenizer, template)
+    encode = partial(encode_conversations, template=template)
+    image_token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return ConversationEncoder(tokenizer, image_token_id, encode=encode)
+
+
 def write_units(
     settings: DataConfig,
     seed: int,
@@ -81,6 +123,7 @@ def write_units(
     work: Path,
     units: Sequence[Unit] | None = None,
     num_workers: int | None = None,
+    learned: bytes = b"",
 ) -> None:
     """Write those of `units` (by default all of the plan) that are not written yet.
 
@@ -92,6 +135,7 @@ def write_units(
         work: Local scratch folder.
         units: Some of the plan's.
         num_workers: Processes; by default one for each core. The result does not depend on it.
+        learned: What `learn` has learnt of the captions, where hallucinated ones are asked for.
 
     Raises:
         DataError: if more rows are bad than allowed, or a worker process died.
@@ -105,24 +149,55 @@ def write_units(
             if unit.group in done:
                 ledger.add(unit, done[unit.group])
                 progress.update(unit.count)
-        for unit, group in _written(settings, seed, output, work, todo, num_workers or num_cores()):
+        setup = _Setup(settings, seed, len(plan.units), learned, output.uri, output.fingerprint, work)
+        for unit, group in _written(setup, todo, num_workers or num_cores()):
             output.adopt(group)
             ledger.add(unit, group)
             progress.update(unit.count)
 
 
-def _written(
-    settings: DataConfig, seed: int, output: OutputDirectory, work: Path, units: Sequence[Unit], num_workers: int
-) -> Iterator[tuple[Unit, Group]]:
+@dataclass(frozen=True)
+class _Setup:
+    """What a process needs to write units."""
+
+    settings: DataConfig
+    seed: int
+    num_units: int
+    learned: bytes
+    uri: str
+    fingerprint: str
+    work: Path
+
+    def writer(self) -> UnitWriter:
+        settings = self.settings
+        rewriter = encoder = None
+        if settings.hallucination is not None:
+            from shellv_core.data.rewriting import Rewriter
+
+            rewriter = Rewriter(settings.hallucination, self.learned)
+        if settings.tokens is not None:
+            encoder = token_encoder(settings.tokens)
+        return UnitWriter(
+            settings=settings,
+            seed=self.seed,
+            num_units=self.num_units,
+            sources=open_sources(settings),
+            rewriter=rewriter,
+            encoder=encoder,
+            output=OutputDirectory(self.uri, self.fingerprint),
+            work=self.work,
+        )
+
+
+def _written(setup: _Setup, units: Sequence[Unit], num_workers: int) -> Iterator[tuple[Unit, Group]]:
     num_workers = min(num_workers, len(units))
     if num_workers <= 1:
-        sources = open_sources(settings) if units else {}
-        for unit in units:
-            yield unit, write_unit(settings, seed, unit, sources, output, work)
+        if units:
+            writer = setup.writer()
+            yield from ((unit, writer.write(unit)) for unit in units)
         return
-    setup = (settings, seed, output.uri, output.fingerprint, work)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, setup) as pool:
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (setup,)) as pool:
         waiting: dict[Future[Group], Unit] = {}
         remaining = iter(units)
         try:
@@ -137,7 +212,7 @@ def _written(
         except BrokenProcessPool:
             raise DataError(
                 f"a worker process died while it wrote shards (out of memory?). Lower samples_per_shard"
-                f" ({settings.samples_per_shard}) or the number of workers ({num_workers}), then rerun: what is"
+                f" ({setup.settings.samples_per_shard}) or the number of workers ({num_workers}), then rerun: what is"
                 " written stays."
             ) from None
         finally:
@@ -217,6 +292,14 @@ def finish(settings: DataConfig, seed: int, plan: Plan, output: OutputDirectory,
         "rejected": [row.__dict__ for row in rejected[:_LISTED_ROWS]],
         "rejected_counts": dict(sorted(Counter(row.reason for row in rejected).items())),
     }
+    if settings.tokens is not None:
+        details[IDENTITY_DETAIL] = token_encoder(settings.tokens).identity
+    if settings.hallucination is not None:
+        from shellv_core.data.rewriting import quality
+
+        records = [result.rewrites for result in results if result.rewrites is not None]
+        pairs = [pair for result in results for pair in result.pairs]
+        details["hallucination"] = quality(records, pairs, settings.hallucination)
     metrics = {
         "num_train_samples": numbers["train"],
         "num_validation_samples": numbers["validation"],
@@ -268,20 +351,19 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_unit_writer: Callable[[Unit], Group] | None = None  # of a worker process
+_unit_writer: UnitWriter | None = None  # of a worker process
 
 
-def _start_worker(settings: DataConfig, seed: int, uri: str, fingerprint: str, work: Path) -> None:
+def _start_worker(setup: _Setup) -> None:
     global _unit_writer
     _end_with_parent()
-    output = OutputDirectory(uri, fingerprint)
-    _unit_writer = partial(write_unit, settings, seed, sources=open_sources(settings), output=output, work=work)
+    _unit_writer = setup.writer()
 
 
 def _work(unit: Unit) -> Group:
     if _unit_writer is None:
         raise RuntimeError("_start_worker did not run")
-    return _unit_writer(unit)
+    return _unit_writer.write(unit)
 
 
 def _end_with_parent() -> None:

@@ -25,13 +25,15 @@ HALLUCINATION_TYPES: tuple[HallucinationType, ...] = ("object", "attribute", "re
 class HallucinatedCaption:
     """A false caption. `original` and `replacement` are the changed words of the true and of the false caption.
 
-    `type` is "unspecified" where the source does not tell it (HACL's format).
+    `type` is "unspecified" where the source does not tell it (HACL's format). `truth` is the true sentence that it is
+    to be told from, in its style, where that is not the sample's caption.
     """
 
     type: HallucinationType
     text: str
     original: str = ""
     replacement: str = ""
+    truth: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shellv_core.config import nearest
+from shellv_core.data.objects import COCO_CLASSES, Mention, find_mentions
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.benchmark import Outcomes, Question, Scores
-from shellv_core.data.objects import COCO_CLASSES, Mention, find_mentions
 from shellv_core.evaluation.rows import check_overlap
 
 DEFAULT_PROMPT = "Describe the image."

@@ -33,14 +33,18 @@ if TYPE_CHECKING:
 
 CODE = (
     "data/config.py",
+    "data/conversation.py",
+    "data/hallucination",
     "data/index.py",
     "data/plan.py",
     "data/preparation.py",
+    "data/rewriting.py",
     "data/samples.py",
     "data/scenes",
     "data/shards.py",
     "data/sources",
     "data/units.py",
+    "templates.py",
 )
 
 
@@ -86,8 +90,8 @@ def run(config: PrepareDataConfig) -> StageResult:
 
     def body(run: StageRun[PrepareDataConfig]) -> None:
         settings, seed = run.config, run.config.seed
-        plan = _plan_at(run.output, found)
-        write_units(settings, seed, plan, run.output, run.work, num_workers=settings.num_workers)
+        plan, learned = _plan_at(settings, run.output, found)
+        write_units(settings, seed, plan, run.output, run.work, num_workers=settings.num_workers, learned=learned)
         prepared = finish(settings, seed, plan, run.output, run.work)
         run.details.update(prepared.details)
         run.metrics.update(prepared.metrics)
@@ -108,7 +112,8 @@ def plan(config: PrepareDataConfig, num_ranges: int) -> DataPlan:
     ranges: list[str] = []
     if output.finished() is None:
         output.begin()
-        parts = _plan_at(output, found).ranges(num_ranges)
+        with aborting(output):
+            parts = _plan_at(config, output, found)[0].ranges(num_ranges)
         ranges = [f"{first}:{stop} of {config.content_stamp}" for first, stop in parts]
     return DataPlan(output_uri=output.uri, content_stamp=config.content_stamp, ranges=ranges)
 
@@ -133,9 +138,9 @@ def write(config: PrepareDataConfig, units: str) -> str:
         return stamp
     with aborting(output):
         output.begin()
-        plan = _plan_at(output, None)
+        plan, learned = _plan_at(config, output, None)
         work = work_folder("prepare_data", output)
-        write_units(config, config.seed, plan, output, work, plan.units[first:stop], config.num_workers)
+        write_units(config, config.seed, plan, output, work, plan.units[first:stop], config.num_workers, learned)
     return stamp
 
 
@@ -149,19 +154,25 @@ def _stamped(config: PrepareDataConfig) -> tuple[PrepareDataConfig, Plan | None]
     return config.model_copy(update={"content_stamp": found.stamp}), found
 
 
-def _plan_at(output: OutputDirectory, found: Plan | None) -> Plan:
-    """The plan that lies at the output; `found` is put there if there is none yet."""
+def _plan_at(config: PrepareDataConfig, output: OutputDirectory, found: Plan | None) -> tuple[Plan, bytes]:
+    """The plan that lies at the output, and what was learnt of the captions; both are put there if they are not yet."""
     import json
 
     from shellv_core.config import build_config, canonical_json
     from shellv_core.data.plan import Plan
-    from shellv_core.data.preparation import PLAN_NAME
+    from shellv_core.data.preparation import LEARNED_NAME, PLAN_NAME, learn_captions
     from shellv_core.errors import DataError
     from shellv_core.storage import join, read_bytes
 
-    if PLAN_NAME in output.done_files():
-        return build_config(Plan, json.loads(read_bytes(join(output.uri, PLAN_NAME))))
+    done = output.done_files()
+    if PLAN_NAME in done:
+        plan = build_config(Plan, json.loads(read_bytes(join(output.uri, PLAN_NAME))))
+        return plan, read_bytes(join(output.uri, LEARNED_NAME)) if LEARNED_NAME in done else b""
     if found is None:
         raise DataError(f"{output.uri} holds no plan for these settings; plan first, with the same settings and data.")
+    learned = learn_captions(config, found)
+    if learned:
+        output.put_bytes(learned, LEARNED_NAME)
+    # Last: where the plan is, all that was learnt is too.
     output.put_bytes(canonical_json(found), PLAN_NAME)
-    return found
+    return found, learned

@@ -12,7 +12,7 @@ from shellv_core import storage
 from shellv_core.config import build_config
 from shellv_core.data.config import DataConfig
 from shellv_core.data.index import index_rows
-from shellv_core.data.preparation import finish, plan_data, write_units
+from shellv_core.data.preparation import finish, learn_captions, plan_data, write_units
 from shellv_core.data.shards import read_shards
 from shellv_core.errors import ConfigError, DataError
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
@@ -28,7 +28,8 @@ def prepared(folder: Path, /, seed: int = 0, num_workers: int = 1, **settings: A
     output.begin()
     work = folder.with_name(f"{folder.name}-work")
     plan = plan_data(config)
-    write_units(config, seed, plan, output, work, num_workers=num_workers)
+    learned = learn_captions(config, plan)
+    write_units(config, seed, plan, output, work, num_workers=num_workers, learned=learned)
     details = finish(config, seed, plan, output, work).details
     output.commit(Manifest(stage="t", fingerprint="f", library_version="0", config={}, details=details))
     return InputDirectory(folder.as_uri())
@@ -198,3 +199,66 @@ def test_units_must_all_be_written_before_the_end(tmp_path: Path) -> None:
     write_units(config, 0, plan, output, tmp_path / "work", plan.units[:3])
     with pytest.raises(DataError, match="4 of 7 units are not written, first number 3"):
         finish(config, 0, plan, output, tmp_path / "work")
+
+
+def test_the_index_counts_the_tokens_of_a_tokenizer(tmp_path: Path) -> None:
+    from shellv_core.data.lengths import conversation_lengths
+    from shellv_core.data.preparation import token_encoder
+    from shellv_core.data.reader import SplitReader
+    from tests.data.tiny_tokenizers import byte_level
+
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    rows: list[Any] = [
+        {"id": str(n), "image": "a.jpg", "conversations": [t for _ in range(1 + n % 3) for t in turns()]}
+        for n in range(20)
+    ]
+    for row in rows:
+        row["conversations"][2:] = [
+            {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in row["conversations"][2:]
+        ]
+    llava = rows_folder(tmp_path, rows, {"a.jpg": photo_like_jpeg(0)})
+    tokens = {"tokenizer": str(tmp_path / "tokenizer"), "template": "v1"}
+    settings: dict[str, Any] = {"llava": llava, "samples_per_shard": 6}
+    counted = prepared(tmp_path / "counted", **settings, tokens=tokens)
+    plain = prepared(tmp_path / "plain", **settings)
+    encoder = token_encoder(build_config(DataConfig, {**settings, "tokens": tokens}).tokens)
+    assert all(len(row["num_tokens"]) == 1 for row in index_rows(counted.fetch("index/train.parquet")))
+    with SplitReader(counted, "train") as first, SplitReader(plain, "train") as second:
+        found, expected = conversation_lengths(first, encoder), conversation_lengths(second, encoder)
+    assert found.num_tokens.tolist() == expected.num_tokens.tolist()
+    assert len(set(found.num_tokens.tolist())) == 3
+    with pytest.raises(ConfigError, match=r"tokens\.tokenizer='.*nowhere' cannot be loaded"):
+        prepared(tmp_path / "no", **settings, tokens={"tokenizer": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError, match="unknown conversation template 'v2'; did you mean 'v1'"):
+        build_config(DataConfig, {**settings, "tokens": {"tokenizer": "x", "template": "v2"}})
+
+
+def test_captions_get_lies_that_do_not_depend_on_the_workers(tmp_path: Path) -> None:
+    colors, animals, places = ("black", "white", "brown"), ("cat", "dog", "horse"), ("table", "couch", "bench")
+    captions = [
+        f"A {color} {animal} is sitting on a wooden {place} next to a {other}."
+        for color in colors for animal in animals for place in places for other in animals if other != animal
+    ]  # fmt: skip
+    rows = [
+        {"id": str(n), "image": "a.jpg", "caption": caption, "conversations": turns(f"<image>\n{n}?")}
+        for n, caption in enumerate(captions)
+    ]
+    told = {"type": "object", "text": "A cow."}
+    shown = {"image": "a.jpg", "conversations": turns()}
+    rows.append({"id": "told", **shown, "caption": "A cat.", "hallucinated_captions": [told]})
+    rows.append({"id": "none", "image": "a.jpg", "conversations": turns("<image>\nNo caption?")})
+    llava = rows_folder(tmp_path, rows, {"a.jpg": photo_like_jpeg(0)})
+    settings: dict[str, Any] = {"llava": llava, "samples_per_shard": 14, "hallucination": {"rules": {"num_rounds": 20}}}
+    alone = prepared(tmp_path / "one", **settings)
+    together = prepared(tmp_path / "two", num_workers=2, **settings)
+    assert alone.files() == together.files()
+    assert alone.manifest.details == together.manifest.details
+    samples = {sample.id: sample for sample in read_shards(alone, "train")}
+    assert [lie.text for lie in samples["told"].hallucinated_captions] == ["A cow."]
+    assert samples["none"].hallucinated_captions == ()
+    made = [(captions[n], lie) for n in range(len(captions)) for lie in samples[str(n)].hallucinated_captions]
+    assert len(made) > 3 * len(captions)
+    assert all(lie.text != caption and lie.replacement in lie.text for caption, lie in made)
+    quality = alone.manifest.details["hallucination"]
+    assert quality["captions"] == len(captions)
+    assert set(quality["text_only_pair_accuracy"]) == {"object", "attribute", "relation", "event"}

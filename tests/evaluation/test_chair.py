@@ -1,8 +1,8 @@
 import pytest
 
+from shellv_core.data.objects import COCO_CLASSES, find_mentions
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.chair import Chair
-from shellv_core.data.objects import COCO_CLASSES, find_mentions
 
 
 def classes(text):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from shellv_core.data.samples import HallucinatedCaption, SampleObject
 
@@ -68,9 +69,9 @@ class RewriteCounts:
         self.output_tokens += other.output_tokens
         self.cost += other.cost
 
-    def to_record(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, Any]:
         """A JSON-serialisable form, keys sorted."""
-        record: dict[str, object] = {"captions": self.captions}
+        record: dict[str, Any] = {"captions": self.captions}
         for name in ("kept", "rejected", "missing", "requests"):
             record[name] = dict(sorted(getattr(self, name).items()))
         return record | {
@@ -78,6 +79,18 @@ class RewriteCounts:
             "output_tokens": self.output_tokens,
             "cost": round(self.cost, 6),
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RewriteCounts:
+        """The inverse of `to_record`."""
+        counters = {name: Counter(record[name]) for name in ("kept", "rejected", "missing", "requests")}
+        return cls(
+            captions=record["captions"],
+            input_tokens=record["input_tokens"],
+            output_tokens=record["output_tokens"],
+            cost=record["cost"],
+            **counters,
+        )
 
 
 class State(Protocol):

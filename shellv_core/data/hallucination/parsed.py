@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -49,14 +48,15 @@ class ParsedCaption:
         self.others = others
         self.doc = doc
         self.text = caption.text.strip()
-        self.words: list[str] = [token.lower_ for token in doc]
+        self.tokens: list[Any] = list(doc)
+        self.words: list[str] = [token.lower_ for token in self.tokens]
 
     @cached_property
     def units(self) -> list[Unit]:
         """The things that the caption names, in order."""
         lexicon = load_lexicon()
         found = []
-        for token in self.doc:
+        for token in self.tokens:
             if token.tag_ not in ("NN", "NNS") or token.dep_ == "compound":
                 continue
             start = token.i
@@ -83,7 +83,7 @@ class ParsedCaption:
         known = {unit.head for unit in self.units}
         return [
             Unit(token.i, token.i + 1, token.lower_, token.lemma_.lower(), "", token.tag_ == "NNS")
-            for token in self.doc
+            for token in self.tokens
             if token.tag_ in ("NN", "NNS")
             and token.i not in known
             and token.dep_ not in ("compound", "npadvmod", "nmod", "amod")
@@ -94,7 +94,7 @@ class ParsedCaption:
     @cached_property
     def lemmas(self) -> frozenset[str]:
         """Lemmas of all nouns and names of things in the caption, in the image's other captions and known objects."""
-        known = {token.lemma_.lower() for token in self.doc if token.pos_ in ("NOUN", "PROPN")}
+        known = {token.lemma_.lower() for token in self.tokens if token.pos_ in ("NOUN", "PROPN")}
         known.update(unit.lemma for unit in self.units)
         known.update(lemma for other in self.others for lemma in other.lemmas)
         known.update(item.category for item in self.caption.objects)
@@ -159,11 +159,16 @@ class ParsedCaption:
             start -= 1
         return start
 
-    def verbs(self) -> Iterator[Any]:
+    @cached_property
+    def verbs(self) -> list[Any]:
         """Full verbs that say what something does."""
-        for token in self.doc:
-            if token.tag_ in ("VBG", "VBZ", "VBP", "VBN") and token.pos_ == "VERB" and token.dep_ != "amod":
-                yield token
+        tags = ("VBG", "VBZ", "VBP", "VBN")
+        return [token for token in self.tokens if token.tag_ in tags and token.pos_ == "VERB" and token.dep_ != "amod"]
+
+    @cached_property
+    def verb_lemmas(self) -> frozenset[str]:
+        """Lemmas of `verbs`."""
+        return frozenset(lemma_of(verb) for verb in self.verbs)
 
     def subject(self, verb: Any) -> Any:
         """The token that does or undergoes `verb`, or None."""

@@ -134,8 +134,9 @@ class RuleGenerator:
                 chosen = choose(candidates, state.potentials.get(kind, {}), self._config.seed, key)
                 slots.append(_Slot(index, kind, chosen[:_MAX_ATTEMPTS]))
         open_slots = [slot for slot in slots if slot.candidates]
+        taken: list[set[str]] = [set() for _ in chunk]
         while open_slots:
-            self._try_next(parsed, open_slots, counts)
+            self._try_next(parsed, open_slots, taken, counts)
             open_slots = [slot for slot in open_slots if slot.taken is None and slot.candidates]
         rewrites: list[list[Rewrite]] = [[] for _ in chunk]
         for slot in slots:
@@ -149,7 +150,9 @@ class RuleGenerator:
         for source, found in zip(chunk, rewrites, strict=True):
             yield RewrittenCaption(source, tuple(found))
 
-    def _try_next(self, parsed: list[ParsedCaption], slots: list[_Slot], counts: RewriteCounts) -> None:
+    def _try_next(
+        self, parsed: list[ParsedCaption], slots: list[_Slot], taken: list[set[str]], counts: RewriteCounts
+    ) -> None:
         proposals = [slot.next_rewrite(parsed[slot.index]) for slot in slots]
         docs: list[tuple[Any, Any]] = [(None, None)] * len(slots)
         if self._config.rules.reparse:
@@ -164,8 +167,11 @@ class RuleGenerator:
         for slot, proposal, (truth, lie) in zip(slots, proposals, docs, strict=True):
             caption = parsed[slot.index].caption
             reason = reject_reason(caption, proposal, self._config.filter, truth, lie)
+            if reason is None and proposal.hallucinated.text in taken[slot.index]:
+                reason = "same as another type's"
             if reason is None:
                 slot.taken = proposal
+                taken[slot.index].add(proposal.hallucinated.text)
             else:
                 counts.rejected[f"{slot.kind}: {reason}"] += 1
 

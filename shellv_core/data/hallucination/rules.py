@@ -140,7 +140,7 @@ class Rules:
                 yield from self._other_sorts(caption, unit, "sort of person")
 
     def _replaceable(self, caption: ParsedCaption, unit: Unit) -> bool:
-        token = caption.doc[unit.head]
+        token = caption.tokens[unit.head]
         if token.dep_ in ("npadvmod", "compound", "nmod", "amod") or token.nbor(-1).text == "-" if token.i else False:
             return False
         if unit.end < len(caption.words) and caption.words[unit.end] in ("-", "'s", "'"):
@@ -183,7 +183,7 @@ class Rules:
     # attributes
 
     def _adjectives(self, caption: ParsedCaption) -> Iterator[Candidate]:
-        for token in caption.doc:
+        for token in caption.tokens:
             word = token.lower_
             contrary = self._lexicon.contrary_adjectives(word)
             if not contrary or token.dep_ not in ("amod", "acomp", "compound", "conj", "nmod", "ccomp", "ROOT"):
@@ -256,7 +256,7 @@ class Rules:
         for unit in caption.units:
             told = next((word for word, nouns in INHERENT.items() if unit.lemma.split(" ")[-1] in nouns.split()), None)
             start = caption.noun_phrase_start(unit)
-            if told is None or any(caption.doc[index].dep_ == "amod" for index in range(start, unit.start)):
+            if told is None or any(caption.tokens[index].dep_ == "amod" for index in range(start, unit.start)):
                 continue
             position = caption.span(unit.start, unit.end)[0]
             truth = apply_edits(caption.text, [(position, position, f"{told} ")])[0]
@@ -265,7 +265,7 @@ class Rules:
                 yield Candidate(text, truth, told, other, -12.0, "inherent")
 
     def _postures(self, caption: ParsedCaption) -> Iterator[Candidate]:
-        for verb in caption.verbs():
+        for verb in caption.verbs:
             lemma = lemma_of(verb)
             subject = caption.subject(verb)
             unit = caption.subject_unit(subject) if subject is not None else None
@@ -288,7 +288,7 @@ class Rules:
         return math.log((self._statistics.doers[f"{kind}|{verb}"] + 0.02) / (self._statistics.lemmas_of_kind(kind) + 1))
 
     def _cardinals(self, caption: ParsedCaption) -> Iterator[Candidate]:
-        for token in caption.doc:
+        for token in caption.tokens:
             if token.lower_ not in NUMBERS or token.dep_ != "nummod" or token.head.tag_ != "NNS":
                 continue
             if token.i + 1 >= len(caption.words) or caption.words[token.i + 1] in ("-", "story", "way", "door"):
@@ -304,7 +304,7 @@ class Rules:
         for unit in caption.units:
             if caption.pronouns and (unit.kind == "person" or unit == caption.units[0]):
                 continue
-            token = caption.doc[unit.head]
+            token = caption.tokens[unit.head]
             governing = governor(caption, unit)
             if governing not in _COUNTED_AFTER or token.dep_ in ("npadvmod", "compound", "attr"):
                 continue
@@ -350,7 +350,7 @@ class Rules:
         """Edits that make the verb agree with the other number; None where that cannot be told."""
         verb = token.head if token.dep_ in ("nsubj", "nsubjpass") else None
         if verb is None:
-            finite = [item for item in caption.doc if item.tag_ in ("VBZ", "VBP") and item.i > unit.head]
+            finite = [item for item in caption.tokens if item.tag_ in ("VBZ", "VBP") and item.i > unit.head]
             return None if any(item.head.i == unit.head or item.dep_ == "ROOT" for item in finite) else []
         finite = [verb, *(child for child in verb.children if child.dep_ in ("aux", "auxpass"))]
         edits = []
@@ -362,7 +362,7 @@ class Rules:
                 form = inflect(lemma_of(item), "VBZ" if unit.plural else "VBP")
                 edits.append((*caption.span(item.i, item.i + 1), form))
         conjoined = any(
-            item.tag_ in ("VBZ", "VBP") and item.dep_ in ("conj", "advcl", "ccomp", "relcl") for item in caption.doc
+            item.tag_ in ("VBZ", "VBP") and item.dep_ in ("conj", "advcl", "ccomp", "relcl") for item in caption.tokens
         )
         return None if conjoined else edits
 
@@ -370,7 +370,7 @@ class Rules:
         """A color is put before a thing whose true color is known; the truth is extended by the true one."""
         for unit in caption.units:
             start = caption.noun_phrase_start(unit)
-            if any(caption.doc[index].dep_ == "amod" for index in range(start, unit.start)):
+            if any(caption.tokens[index].dep_ == "amod" for index in range(start, unit.start)):
                 continue
             told = self._told_color(caption, unit)
             if not told:
@@ -404,7 +404,7 @@ class Rules:
                 position += 1
                 continue
             phrase = " ".join(caption.words[position : position + size])
-            last = caption.doc[position + size - 1]
+            last = caption.tokens[position + size - 1]
             for other in self._contrary_prepositions(caption, phrase, position, last):
                 words = other.split(" ")
                 right = caption.right(position + size)
@@ -425,7 +425,7 @@ class Rules:
     def _separated(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """Things that are together or in one another are told apart."""
         for unit in caption.units:
-            token = caption.doc[unit.head]
+            token = caption.tokens[unit.head]
             start = caption.noun_phrase_start(unit)
             before = caption.words[start - 1] if start else ""
             if before == "and" and token.dep_ == "conj" and token.head.tag_ in ("NN", "NNS"):
@@ -482,7 +482,7 @@ class Rules:
         kind, lemma = (unit.kind, unit.lemma) if unit else ("", place.lemma_.lower())
         if kind == "clothing":
             return ["without", "next to", "behind"] if phrase in ("in", "with") else []
-        first = caption.doc[position]
+        first = caption.tokens[position]
         head = first.head
         while head.dep_ in ("prep", "advmod") and head.i >= position:
             head = head.head
@@ -501,7 +501,7 @@ class Rules:
 
     def _possessions(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """What has a thing is told to be elsewhere."""
-        for verb in caption.doc:
+        for verb in caption.tokens:
             if verb.lower_ not in _HAVING or verb.pos_ not in ("VERB", "AUX"):
                 continue
             had = next((child for child in verb.children if child.dep_ == "dobj"), None)
@@ -528,8 +528,8 @@ class Rules:
             yield replace(candidate, rule="state")
 
     def _verbs(self, caption: ParsedCaption, alone: bool = False) -> Iterator[Candidate]:
-        present = [lemma_of(verb) for verb in caption.verbs()]
-        for verb in caption.verbs():
+        present = [lemma_of(verb) for verb in caption.verbs]
+        for verb in caption.verbs:
             lemma = lemma_of(verb)
             follows, kind = frame(caption, verb)
             if (lemma in STATIVE and lemma != "wear") or verb.dep_ in ("aux", "xcomp"):
@@ -566,7 +566,7 @@ class Rules:
         if caption.pronouns:
             return
         for unit in caption.units:
-            head = caption.doc[unit.head]
+            head = caption.tokens[unit.head]
             relation, first = self._relation_of(caption, head)
             other = caption.unit_at(first.i) if first is not None else None
             if other is None or not relation or other.end > unit.start:
@@ -574,7 +574,7 @@ class Rules:
                 relation = "?"
             if other is None or self._relation_before(caption, unit) in SYMMETRIC:
                 continue
-            if unit.plural != other.plural and any(token.tag_ in ("VBZ", "VBP") for token in caption.doc):
+            if unit.plural != other.plural and any(token.tag_ in ("VBZ", "VBP") for token in caption.tokens):
                 continue
             if self._lexicon.may_be_same(unit.lemma, other.lemma) or "clothing" in (unit.kind, other.kind):
                 continue
@@ -601,7 +601,7 @@ class Rules:
         earlier = [item for item in caption.units if item.end <= unit.start]
         if not earlier:
             return None
-        between = caption.doc[earlier[-1].end : caption.noun_phrase_start(unit)]
+        between = caption.tokens[earlier[-1].end : caption.noun_phrase_start(unit)]
         relating = [token for token in between if token.tag_ in ("IN", "VBG", "VBZ", "VBP", "VBN")]
         symmetric = SYMMETRIC | {"of", "wearing", "having"}
         if not relating or any(token.lower_ in symmetric or token.pos_ == "CCONJ" for token in between):
@@ -691,7 +691,7 @@ class Rules:
         if event.nouns and all(noun in caption.lemmas for noun in event.nouns):
             return False
         captions = (caption, *caption.others)
-        return all(event.verb != lemma_of(verb) for item in captions for verb in item.verbs())
+        return all(event.verb not in item.verb_lemmas for item in captions)
 
     def _fit(self, caption: ParsedCaption, event: Event) -> float:
         own = [unit.lemma for unit in caption.units]

@@ -81,10 +81,10 @@ class CorpusStatistics:
         lemmas = sorted({unit.lemma for unit in caption.units})
         self.lemmas.update(lemmas)
         self.together.update(f"{first}|{second}" for first in lemmas for second in lemmas if first < second)
-        for token in caption.doc:
+        for token in caption.tokens:
             if token.dep_ in ("amod", "acomp") and token.lower_ not in FIXED_ADJECTIVES:
                 self.adjectives[token.lower_] += 1
-        for verb in caption.verbs():
+        for verb in caption.verbs:
             lemma = lemma_of(verb)
             self.verbs[f"{verb.tag_}|{lemma}|{verb.lower_}"] += 1
             follows, kind = frame(caption, verb)
@@ -191,7 +191,7 @@ class Vocabulary:
 
 def governor(caption: ParsedCaption, unit: Any) -> str:
     """The verb or preposition that a thing is the object of, "^" for subjects and heads."""
-    token = caption.doc[unit.head]
+    token = caption.tokens[unit.head]
     while token.dep_ == "conj":
         token = token.head
     if token.dep_ == "pobj":
@@ -215,7 +215,7 @@ def frame(caption: ParsedCaption, verb: Any) -> tuple[str, str]:
 def relations(caption: ParsedCaption) -> Iterable[tuple[Any, str, Any]]:
     """(thing, preposition or verb lemma, thing) triples."""
     for unit in caption.units:
-        head = caption.doc[unit.head]
+        head = caption.tokens[unit.head]
         if head.dep_ == "pobj" and head.head.dep_ == "prep":
             first = head.head.head
             if first.pos_ == "VERB":
@@ -248,7 +248,7 @@ def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
     from shellv_core.data.hallucination.grammar import inflect
 
     found = []
-    for verb in caption.verbs():
+    for verb in caption.verbs:
         lemma = lemma_of(verb)
         subject = caption.subject(verb)
         if lemma in STATIVE or subject is None or subject.i > verb.i:
@@ -256,27 +256,27 @@ def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
         if caption.subject_unit(subject) is None:
             continue
         start, end = verb.i, len(caption.words)
-        while end > start + 1 and caption.doc[end - 1].is_punct:
+        while end > start + 1 and caption.tokens[end - 1].is_punct:
             end -= 1
-        if any(token.dep_ in ("ROOT", "nsubj", "nsubjpass") for token in caption.doc[start + 1 : end]):
+        if any(token.dep_ in ("ROOT", "nsubj", "nsubjpass") for token in caption.tokens[start + 1 : end]):
             continue
         if verb.dep_ == "acl" and verb.tag_ in ("VBG", "VBN"):
             begin = start
         elif verb.dep_ == "ROOT" and verb.tag_ in ("VBG", "VBZ", "VBP", "VBN"):
             begin = next((child.i for child in verb.children if child.dep_ in ("aux", "auxpass")), start)
-            if begin != caption.doc[subject.i].right_edge.i + 1 and begin != start:
+            if begin != caption.tokens[subject.i].right_edge.i + 1 and begin != start:
                 continue
         else:
             continue
-        if any(token.dep_ in ("neg", "mark", "advmod") and begin <= token.i < start for token in caption.doc):
+        if any(token.dep_ in ("neg", "mark", "advmod") and begin <= token.i < start for token in caption.tokens):
             continue
         words = caption.words[start:end]
-        if not 2 <= len(words) <= 14 or any(token.tag_ in ("WDT", "WP") for token in caption.doc[start:end]):
+        if not 2 <= len(words) <= 14 or any(token.tag_ in ("WDT", "WP") for token in caption.tokens[start:end]):
             continue
         form = verb.lower_ if verb.tag_ in ("VBG", "VBN") else inflect(lemma, "VBG")
         first, last = caption.span(start, end)
         phrase = form + caption.text[first + len(verb) : last]
-        before = caption.text[: caption.doc[begin].idx].rstrip(" ,")
+        before = caption.text[: caption.tokens[begin].idx].rstrip(" ,")
         after = caption.text[last:].strip(" ,")
         joined = before + (after if after in (".", "!", "") else f" {after}")
         nouns = tuple(unit.lemma for unit in caption.units if start <= unit.head < end)
@@ -297,7 +297,7 @@ def events(caption: ParsedCaption) -> list[Event]:
         if not item.nouns or not (words[0].endswith("ing") or words[0] == "parked"):
             continue
         first = item.subject.i
-        while first > 0 and caption.doc[first - 1].head.i in range(first, item.subject.i + 1):
+        while first > 0 and caption.tokens[first - 1].head.i in range(first, item.subject.i + 1):
             first -= 1
         start, end = caption.span(first, max(unit.end, item.subject.i + 1))
         verb = "are" if unit.plural else "is"
