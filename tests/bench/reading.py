@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from shellv_core.data.conversation import encode_conversation
 from shellv_core.data.decode import decode_image, padding_color
 from shellv_core.data.encoder import ConversationEncoder
 from shellv_core.data.lengths import conversation_lengths
@@ -153,13 +153,9 @@ def read_llava(folder: Path, encoder: ConversationEncoder, processor: object) ->
                     picture = Image.open(folder / row["image"]).convert("RGB")
                     picture = _squared(picture, padding_color(processor.image_mean))
                     pictures.append(processor.preprocess(picture, return_tensors="pt")["pixel_values"][0])
-                one, two = encode_conversation(
-                    encoder.tokenizer, row["conversations"], encoder.image_token_id, 1, MAX_TOKENS
-                )
-                for turn in row["conversations"]:
-                    encoder.tokenizer(turn["value"])
-                ids.append(torch.from_numpy(one.astype(np.int64)))
-                labels.append(torch.from_numpy(two.astype(np.int64)))
+                one, two = _tokenized(encoder.tokenizer, row["conversations"])
+                ids.append(one)
+                labels.append(two)
             torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
             torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
             if pictures:
@@ -168,6 +164,21 @@ def read_llava(folder: Path, encoder: ConversationEncoder, processor: object) ->
             yield tokens, sum(int((one[1:] >= 0).sum()) for one in labels)
 
     return _cost(batches())
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the whole text, and labels from the lengths of its turns by themselves."""
+    names = ("USER", " ASSISTANT")
+    texts = [f"{names[number % 2]}: {turn['value']}" for number, turn in enumerate(turns)]
+    ids = torch.tensor(tokenizer("".join(texts))["input_ids"][:MAX_TOKENS])
+    labels = ids.clone()
+    position = 0
+    for number, text in enumerate(texts):
+        length = len(tokenizer(text)["input_ids"])
+        if number % 2 == 0:
+            labels[position : position + length] = -100
+        position += length
+    return ids, labels
 
 
 def _squared(picture: Image.Image, color: tuple[int, ...]) -> Image.Image:
