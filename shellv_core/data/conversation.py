@@ -31,6 +31,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -119,9 +120,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: Tem
         ids = tokenizer(prompt, add_special_tokens=not starts_itself)["input_ids"]
         return ids
     parts = [Part(text) for text in seams.split(prompt) if text]
-    pieces = _pieces(parts, _pattern(special_tokens(tokenizer)), parts_alone=True)
+    facts = _facts(tokenizer)
+    pieces = _pieces(parts, facts.reserved, parts_alone=True)
     ids = next(_encode_pieces(tokenizer, [pieces]))[0].tolist()
-    return ids if starts_itself else _special_ids_around(tokenizer)[0] + ids
+    return ids if starts_itself else facts.before + ids
 
 
 def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[np.ndarray]:
@@ -173,15 +175,14 @@ class _Piece(NamedTuple):
 def _encode(
     tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Sequence[Part]], template: Template
 ) -> list[Encoded]:
-    reserved = special_tokens(tokenizer)
-    missing = {IMAGE_TOKEN, *template.special_tokens} - reserved
+    facts = _facts(tokenizer)
+    missing = {IMAGE_TOKEN, *template.special_tokens} - facts.special_tokens
     if missing:
         raise DataError(
             f"the tokenizer has no special tokens {', '.join(sorted(missing))}, which the template {template.name!r}"
             " needs; add them with shellv_core.templates.add_template_tokens."
         )
-    pattern = _pattern(reserved)
-    before, after = _special_ids_around(tokenizer)
+    pattern, before, after = facts.reserved, facts.before, facts.after
     results: list[Encoded | None] = [None] * len(rendered)
     whole = [
         index
@@ -207,6 +208,28 @@ def _encode(
 
 def _pattern(texts: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+
+
+class _Facts:
+    """What is asked of a tokenizer again and again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.num_tokens = len(tokenizer)
+        self.special_tokens = special_tokens(tokenizer)
+        self.reserved = _pattern(self.special_tokens)
+        self.before, self.after = _special_ids_around(tokenizer)
+        self.lead = _lead(tokenizer)
+
+
+_known_facts: WeakKeyDictionary[PreTrainedTokenizerBase, _Facts] = WeakKeyDictionary()
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
+    facts = _known_facts.get(tokenizer)
+    # A token may have been added since.
+    if facts is None or facts.num_tokens != len(tokenizer):
+        facts = _known_facts[tokenizer] = _Facts(tokenizer)
+    return facts
 
 
 def _trained_tokens(parts: Sequence[Part], ends: np.ndarray) -> np.ndarray | None:
@@ -253,7 +276,7 @@ def _pieces(parts: Sequence[Part], reserved: re.Pattern[str], parts_alone: bool)
 
 
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[_Piece]]) -> Iterator[Encoded]:
-    lead, led = _lead(tokenizer)
+    lead, led = _facts(tokenizer).lead
     texts = [
         (lead if piece.behind in led else "") + piece.text for pieces in rows for piece in pieces if not piece.marker
     ]
