@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run serve test test-all check format compile seeds clean
+.PHONY: help install run serve test test-all check format compile seeds bench-data browser clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -25,8 +25,11 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 test: $(INSTALLED)     ## all tests that need no browser and under 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser"
 
-test-all: $(INSTALLED) ## also the tests that drive Chromium
+test-all: $(INSTALLED) browser ## also the tests that drive Chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+browser:               ## install Chromium where it is missing
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 check: $(INSTALLED)    ## ruff, mypy, import-linter and the compiled pipeline
 	$(BIN)/ruff check .
@@ -44,6 +47,10 @@ compile: $(INSTALLED)  ## write the pipeline's YAML for Kubeflow
 
 seeds: $(INSTALLED)    ## the three-seed table of docs/nano-seeds.md
 	$(BIN)/python -m tests.bench.nano_seeds
+
+bench-data: $(INSTALLED) ## the figures of docs/data-figures.md and docs/hallucinated-captions.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.hallucinated_captions
 
 clean:                 ## delete what runs have left (data, models, tracking)
 	rm -rf .shellv
