@@ -135,6 +135,8 @@ class RuleGenerator:
                 slots.append(_Slot(index, kind, chosen[:_MAX_ATTEMPTS]))
         open_slots = [slot for slot in slots if slot.candidates]
         taken: list[set[str]] = [set() for _ in chunk]
+        # Relations have the fewest proposals, so they choose before the others.
+        open_slots.sort(key=lambda slot: slot.kind != "relation")
         while open_slots:
             self._try_next(parsed, open_slots, taken, counts)
             open_slots = [slot for slot in open_slots if slot.taken is None and slot.candidates]

@@ -182,7 +182,7 @@ class Vocabulary:
         self.verbs: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         for key, count in sorted(statistics.verbs.items()):
             tag, lemma, form = key.split("|")
-            if count >= 2 and (lemma not in STATIVE or lemma == "wear"):
+            if count >= 2 and load_lexicon().is_verb(lemma) and (lemma not in STATIVE or lemma == "wear"):
                 self.verbs[tag].append((lemma, form, count))
         self.events: dict[str, list[Event]] = defaultdict(list)
         for event in statistics.events:
