@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from shellv_core.data.samples import HallucinatedCaption, SampleObject
 
@@ -78,11 +77,3 @@ class RewriteCounts:
             "output_tokens": self.output_tokens,
             "cost": round(self.cost, 6),
         }
-
-
-class State(Protocol):
-    """What `fit` learns; `to_json` and the generator's `read_state` are each other's inverse."""
-
-    def to_json(self) -> bytes:
-        """Canonical JSON: equal states give equal bytes."""
-        ...

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from shellv_core.data.hallucination.grammar import inflect
 from shellv_core.data.hallucination.lexicon import FIXED_ADJECTIVES, STATIVE, load_lexicon
 from shellv_core.data.hallucination.parsed import ParsedCaption, lemma_of
 
@@ -245,8 +246,6 @@ class EventPhrase:
 
 def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
     """Events of the caption that can be told in a phrase of their own, the one with the most words last."""
-    from shellv_core.data.hallucination.grammar import inflect
-
     found = []
     for verb in caption.verbs:
         lemma = lemma_of(verb)
