@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from shellv_core.data.samples import HallucinatedCaption, SampleObject
 
@@ -91,11 +91,3 @@ class RewriteCounts:
             cost=record["cost"],
             **counters,
         )
-
-
-class State(Protocol):
-    """What `fit` learns; `to_json` and the generator's `read_state` are each other's inverse."""
-
-    def to_json(self) -> bytes:
-        """Canonical JSON: equal states give equal bytes."""
-        ...

@@ -152,7 +152,7 @@ def _is_of_type(kind: str, before: list[str], after: list[str], truth: Any, lie:
     if kind == "attribute":
         return any(token.tag_ in _ATTRIBUTE_TAGS for token in new)
     if kind == "relation":
-        return any(token.tag_ in _RELATION_TAGS for token in new) and any(token.tag_ in _RELATION_TAGS for token in old)
+        return all(any(token.tag_ in _RELATION_TAGS for token in side) for side in (old, new) if side)
     return any(token.pos_ in ("VERB", "AUX") or token.tag_ in ("VBG", "VBN") for token in new) or any(
         token.lower_ in ("as", "while", "with") for token in lie
     )

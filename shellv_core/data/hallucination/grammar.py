@@ -56,6 +56,12 @@ class Parser:
         self._batch_size = batch_size
         self._pipeline = _load_pipeline()
 
+    @property
+    def model(self) -> str:
+        """Name and version of the language model, as other models may parse otherwise."""
+        meta = self._pipeline.meta
+        return f"{meta['lang']}_{meta['name']}-{meta['version']}"
+
     def parse(self, texts: Iterable[str]) -> Iterator[Any]:
         """Yield a spaCy Doc for each text, whose first letter is read in lower case so that no name is seen there.
 

@@ -382,6 +382,10 @@ _GENDERED_GROUPS = (
     frozenset({"baby"}),
 )
 _PERSON_GENERIC = frozenset(["person", "people", "someone", "adult", "human", "individual", "pedestrian"])
+# Words for a whole kind of things.
+_GENERIC = frozenset(
+    {"food", "meal", "dinner", "lunch", "animal", "vehicle", "furniture", "fruit", "vegetable", "dessert"}
+)
 _SAME_THINGS = (
     "street road roadway highway avenue lane", "plane airplane jet airliner aircraft jetliner",
     "bike bicycle motorcycle motorbike scooter moped cycle", "couch sofa loveseat", "tv television monitor screen",
@@ -432,6 +436,10 @@ class Lexicon:
             return _SUPERCATEGORY_KINDS.get(supercategory, supercategory)
         return next((self._kind_heads[node] for node in self._ancestors(last) if node in self._kind_heads), "")
 
+    def is_verb(self, lemma: str) -> bool:
+        """Whether WordNet has the word as a verb in common use."""
+        return lemma in self._related_verbs
+
     def sure_kind(self, noun: str) -> str:
         """The kind where this project's own words or COCO's tell it, so that no rare sense of a word misleads."""
         if self._kind_words.get(noun.rsplit(" ", 1)[-1]) or self.category(noun):
@@ -453,6 +461,8 @@ class Lexicon:
             return True
         first, second = noun.rsplit(" ", 1)[-1], other.rsplit(" ", 1)[-1]
         if first == second or self._same.get(first, frozenset()) & self._same.get(second, frozenset()):
+            return True
+        if {first, second} & _GENERIC and self.kind(noun) == self.kind(other):
             return True
         if self.kind(noun) == self.kind(other) == "person":
             return not _contrary_people(first, second)

@@ -106,11 +106,13 @@ class RuleGenerator:
         """Read what `RewriterState.to_json` wrote.
 
         Raises:
-            DataError: if it is no state, or was learnt with other settings than this generator's.
+            DataError: if it is no state, or was learnt with other settings or another parser than this generator's.
         """
         state = RewriterState.from_json(data)
         if state.settings != self._settings():
-            raise DataError("the rewriter state was learnt with other settings than these; fit it again.")
+            raise DataError(
+                "the rewriter state was learnt with other settings or another parser than these; fit it again."
+            )
         return state
 
     def rewrite(
@@ -135,6 +137,8 @@ class RuleGenerator:
                 slots.append(_Slot(index, kind, chosen[:_MAX_ATTEMPTS]))
         open_slots = [slot for slot in slots if slot.candidates]
         taken: list[set[str]] = [set() for _ in chunk]
+        # Relations have the fewest proposals, so they choose before the others.
+        open_slots.sort(key=lambda slot: slot.kind != "relation")
         while open_slots:
             self._try_next(parsed, open_slots, taken, counts)
             open_slots = [slot for slot in open_slots if slot.taken is None and slot.candidates]
@@ -188,7 +192,7 @@ class RuleGenerator:
 
     def _settings(self) -> str:
         learnt = self._config.rules.model_dump(exclude={"batch_size", "reparse"})
-        return fingerprint(learnt, self._config.seed, list(self._config.types))
+        return fingerprint(learnt, self._config.seed, list(self._config.types), self._parser.model)
 
 
 @dataclass

@@ -108,7 +108,7 @@ class Rules:
                 known = found.get((candidate.text, candidate.truth))
                 if known is None or known.log_weight < candidate.log_weight:
                     found[candidate.text, candidate.truth] = candidate
-            if any(candidate.rule != "one to several" for candidate in found.values()):
+            if any(candidate.rule not in _ONE_WAY for candidate in found.values()):
                 break
         ordered = sorted(found.values(), key=lambda item: (-item.log_weight, item.text))
         return ordered[: self._num_candidates]
@@ -419,7 +419,8 @@ class Rules:
                 if place is not None and len(words) == 1:
                     weight += 0.5 * self._statistics.log_governed(other, place.lemma_.lower())
                 span = caption.span(position, position + size)
-                yield self._edited(caption, [(*span, other)], weight, "preposition")
+                rule = "company" if phrase == "with" else "preposition"
+                yield self._edited(caption, [(*span, other)], weight, rule)
             position += size
 
     def _separated(self, caption: ParsedCaption) -> Iterator[Candidate]:
@@ -520,7 +521,7 @@ class Rules:
             return
         for told, other in INHERENT_RELATIONS:
             truth, lie = (_appended(caption.text, words) for words in (told, other))
-            yield Candidate(lie, truth, told.strip(" ,"), other.strip(" ,"), 0.0, "inherent relation")
+            yield Candidate(lie, truth, told.strip(" ,"), other.strip(" ,"), -9.0, "inherent relation")
 
     def _states(self, caption: ParsedCaption) -> Iterator[Candidate]:
         """What something is doing, by itself, is told otherwise."""
@@ -584,9 +585,9 @@ class Rules:
                 phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
             seen = self._statistics.relations[f"{unit.kind}|{relation}|{other.kind}"]
             total = self._statistics.relations[f"{other.kind}|{relation}|{unit.kind}"]
-            weight = math.log((seen + 0.1) / (total + 1.0)) - 5.0
+            weight = math.log((seen + 0.1) / (total + 1.0)) - 4.5
             if relation == "?" or (not seen and not self._can_change_places(unit, other, relation, head)):
-                weight -= 10.0
+                weight -= 8.0
             text, original, replacement = apply_edits(caption.text, [(*spans[0], phrases[1]), (*spans[1], phrases[0])])
             yield Candidate(text, caption.text, original, replacement, weight, "exchange")
 
@@ -711,6 +712,8 @@ class Rules:
         return Candidate(text, caption.text, original, replacement, weight, rule)
 
 
+# Rules that can only take from what captions say often, and so show in the text where nothing else is possible.
+_ONE_WAY = frozenset({"one to several", "company", "separation"})
 # Verbs of having, and what stands for them before a preposition.
 _HAVING = {
     "has": "is ", "have": "are ", "having": "", "containing": "", "contains": "is ", "contain": "are ",
@@ -729,7 +732,7 @@ _ONLOOKERS = (
 )
 _LABELS = {
     "animal": "animal", "vehicle": "vehicle", "food": "food", "room": "room", "drink": "food",
-    "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants", "structure": "street",
+    "building": "buildings", "furniture": "furniture", "place": "landscape", "plant": "plants",
     "vessel": "dishes", "indoor": "furniture", "bedding": "furniture", "device": "furniture",
 }  # fmt: skip
 # What a picture of one kind of thing may well show beside it.

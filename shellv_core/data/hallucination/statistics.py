@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from shellv_core.data.hallucination.grammar import inflect
 from shellv_core.data.hallucination.lexicon import FIXED_ADJECTIVES, STATIVE, load_lexicon
 from shellv_core.data.hallucination.parsed import ParsedCaption, lemma_of
 
@@ -182,7 +183,7 @@ class Vocabulary:
         self.verbs: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         for key, count in sorted(statistics.verbs.items()):
             tag, lemma, form = key.split("|")
-            if count >= 2 and (lemma not in STATIVE or lemma == "wear"):
+            if count >= 2 and load_lexicon().is_verb(lemma) and (lemma not in STATIVE or lemma == "wear"):
                 self.verbs[tag].append((lemma, form, count))
         self.events: dict[str, list[Event]] = defaultdict(list)
         for event in statistics.events:
@@ -245,8 +246,6 @@ class EventPhrase:
 
 def event_phrases(caption: ParsedCaption) -> list[EventPhrase]:
     """Events of the caption that can be told in a phrase of their own, the one with the most words last."""
-    from shellv_core.data.hallucination.grammar import inflect
-
     found = []
     for verb in caption.verbs:
         lemma = lemma_of(verb)
