@@ -32,7 +32,6 @@ GPT_4 = {
     "Event Hallucination": "event",
 }
 WORD = re.compile(r"\w+")
-FOLDS = 3
 PER_TYPE = 10
 Pairs = dict[str, list[tuple[str, str]]]
 
@@ -74,17 +73,15 @@ def run(path: Path, seed: int) -> dict:
 
 
 def unseen(captions: Sequence[Caption], config: HallucinationConfig) -> Pairs:
-    """Lies of captions that the state was not learnt from: each third rewritten by what the others taught."""
+    """Lies of a third of the captions by a state that was learnt from the other two thirds.
+
+    Rotating the thirds would leak: what is a lie's word in one is a truth's word in the next.
+    """
     order = list(captions)
     random.Random(config.seed).shuffle(order)
-    pairs: Pairs = {}
-    for fold in range(FOLDS):
-        generator = build_generator(config)
-        state = generator.fit([item for index, item in enumerate(order) if index % FOLDS != fold])
-        done = list(generator.rewrite(order[fold::FOLDS], state, RewriteCounts()))
-        for kind, found in pairs_by_type(done).items():
-            pairs.setdefault(kind, []).extend(found)
-    return pairs
+    cut = len(order) * 2 // 3
+    generator = build_generator(config)
+    return pairs_by_type(list(generator.rewrite(order[cut:], generator.fit(order[:cut]), RewriteCounts())))
 
 
 def unbalanced(captions: Sequence[Caption], seed: int) -> Pairs:
