@@ -196,14 +196,17 @@ def _encode(
             inner = slice(len(before), len(ids) - len(after))
             trained = _trained_tokens(rendered[index], np.asarray(offsets, dtype=np.int64)[inner, 1])
             if trained is not None:
-                padded = np.pad(trained, (len(before), len(after)))
-                results[index] = np.asarray(ids, dtype=np.int32), padded
+                results[index] = np.asarray(ids, dtype=np.int32), _padded(trained, before, after)
     others = [index for index, result in enumerate(results) if result is None]
     pieces = [_pieces(rendered[index], pattern, template.parts_alone) for index in others]
     for index, (ids, trained) in zip(others, _encode_pieces(tokenizer, pieces), strict=True):
-        padded = np.pad(trained, (len(before), len(after)))
-        results[index] = np.concatenate([before, ids, after]).astype(np.int32), padded
+        whole_ids = np.concatenate([before, ids, after]).astype(np.int32)
+        results[index] = whole_ids, _padded(trained, before, after)
     return [result for result in results if result is not None]
+
+
+def _padded(trained: np.ndarray, before: list[int], after: list[int]) -> np.ndarray:
+    return np.pad(trained, (len(before), len(after))) if before or after else trained
 
 
 def _pattern(texts: set[str]) -> re.Pattern[str]:

@@ -87,7 +87,7 @@ def unseen(captions: Sequence[Caption], config: HallucinationConfig) -> Pairs:
 def unbalanced(captions: Sequence[Caption], seed: int) -> Pairs:
     """Lies by context and frequency alone."""
     base = HallucinationConfig(seed=seed)
-    config = base.model_copy(update={"rules": base.rules.model_copy(update={"num_rounds": 0})})
+    config = base.model_copy(update={"rules": base.rules.model_copy(update={"num_rounds": 0, "num_batch_rounds": 0})})
     generator = build_generator(config)
     return pairs_by_type(list(generator.rewrite(captions, generator.fit(captions), RewriteCounts())))
 

@@ -19,6 +19,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -55,37 +56,63 @@ def differences(truth: str, lie: str) -> dict[int, float]:
     return {zlib.crc32(name.encode()) >> (32 - _BITS): float(count) for name, count in counts.items() if count}
 
 
-def choose(candidates: Sequence[Candidate], potentials: Mapping[int, float], seed: int, key: str) -> list[Candidate]:
+@dataclass(frozen=True)
+class Proposals:
+    """What one caption could become, with the features that each lie adds to or takes from its truth."""
+
+    candidates: Sequence[Candidate]
+    differences: Sequence[Mapping[int, float]]
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate]) -> Proposals:
+        """Return `candidates` with their features."""
+        return cls(candidates, [differences(each.truth, each.text) for each in candidates])
+
+    def scores(self, potentials: Mapping[int, float]) -> list[float]:
+        """The log-weights under `potentials`."""
+        return [
+            candidate.log_weight - sum(potentials.get(name, 0.0) * value for name, value in found.items())
+            for candidate, found in zip(self.candidates, self.differences, strict=True)
+        ]
+
+
+def choose(proposals: Proposals, potentials: Mapping[int, float], seed: int, key: str) -> list[Candidate]:
     """All candidates, in the order of a draw without replacement; a pure function of its arguments."""
     keyed = []
-    for index, candidate in enumerate(candidates):
-        score = candidate.log_weight
-        if potentials:
-            found = differences(candidate.truth, candidate.text).items()
-            score -= sum(potentials.get(name, 0.0) * value for name, value in found)
+    for index, (candidate, score) in enumerate(zip(proposals.candidates, proposals.scores(potentials), strict=True)):
         digest = hashlib.sha256(f"{seed}\0{key}\0{candidate.truth}\0{candidate.text}".encode()).digest()
         uniform = (int.from_bytes(digest[:7], "big") + 0.5) / 2**56
         keyed.append((score - math.log(-math.log(uniform)), index))
-    return [candidates[index] for _, index in sorted(keyed, reverse=True)]
+    return [proposals.candidates[index] for _, index in sorted(keyed, reverse=True)]
 
 
 def fit_potentials(
-    proposals: Iterable[Sequence[Candidate]], num_rounds: int, regularization: float
+    proposals: Iterable[Proposals],
+    num_rounds: int,
+    regularization: float,
+    start: Mapping[int, float] | None = None,
 ) -> dict[int, float]:
-    """Potentials that balance the choice over `proposals` (one sequence per caption); features near 0 are left out."""
+    """Potentials that balance the choice over `proposals` (one for each caption); features near 0 are left out.
+
+    Args:
+        num_rounds: steps of the descent; 0 gives `start` back.
+        regularization: pull towards `start`.
+        start: potentials learnt from more captions than these.
+    """
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    rows: list[dict[int, float]] = []
+    learnt = dict(start or {})
+    rows: list[Mapping[int, float]] = []
     weights: list[float] = []
     starts = [0]
-    for candidates in proposals:
-        if candidates:
-            rows.extend(differences(item.truth, item.text) for item in candidates)
-            weights.extend(item.log_weight for item in candidates)
+    for each in proposals:
+        if each.candidates:
+            rows.extend(each.differences)
+            weights.extend(each.scores(learnt))
             starts.append(len(rows))
     if not rows or num_rounds == 0:
-        return {}
+        return learnt
     matrix: Any = csr_matrix(
         (
             np.fromiter((value for row in rows for value in row.values()), dtype=np.float64),
@@ -113,5 +140,6 @@ def fit_potentials(
         gradient = (columns @ chances) / len(edges) - regularization * potentials
         squared += gradient**2
         potentials += _RATE * gradient / np.sqrt(squared)
-    kept = np.abs(potentials) >= _MIN_POTENTIAL
-    return {int(name): round(float(value), _DIGITS) for name, value in zip(used[kept], potentials[kept], strict=True)}
+    for name, value in zip(used.tolist(), potentials.tolist(), strict=True):
+        learnt[name] = round(learnt.get(name, 0.0) + value, _DIGITS)
+    return {name: value for name, value in learnt.items() if abs(value) >= _MIN_POTENTIAL}

@@ -4,8 +4,8 @@
     state = generator.fit(captions)                 # once; bytes, to be stored beside the plan
     for item in generator.rewrite(captions, state, counts): ...   # in any number of workers
 
-`rewrite` of the rules is a pure function of the caption, what is known of its image, the state and the config, so
-workers that share a state write the same lies however the captions are divided among them.
+`rewrite` of the rules is a pure function of the captions given together, what is known of their images, the state and
+the config, so workers that share a state write the same lies for the same unit of a data set.
 """
 
 from __future__ import annotations

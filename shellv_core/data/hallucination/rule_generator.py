@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from shellv_core.config import canonical_json, fingerprint
-from shellv_core.data.hallucination.balance import choose, fit_potentials
+from shellv_core.data.hallucination.balance import Proposals, choose, fit_potentials
 from shellv_core.data.hallucination.captions import Caption, Rewrite, RewriteCounts, RewrittenCaption
 from shellv_core.data.hallucination.config import HallucinationConfig, RewriteType
 from shellv_core.data.hallucination.filtering import reject_reason
@@ -69,7 +69,7 @@ class RewriterState:
 
 
 class RuleGenerator:
-    """Rewrites captions by rules; the result for a caption depends on it, the state and the config alone."""
+    """Rewrites captions by rules; the result depends on the captions of a call, the state and the config alone."""
 
     def __init__(self, config: HallucinationConfig) -> None:
         self._config = config
@@ -95,7 +95,7 @@ class RuleGenerator:
             for kind in self._config.types:
                 proposals = []
                 for caption in parsed:
-                    proposals.append(rules.propose(caption, kind))
+                    proposals.append(Proposals.of(rules.propose(caption, kind)))
                     progress.update()
                 potentials[kind] = fit_potentials(
                     proposals, self._config.rules.num_rounds, self._config.rules.regularization
@@ -118,7 +118,10 @@ class RuleGenerator:
     def rewrite(
         self, captions: Iterable[Caption], state: RewriterState, counts: RewriteCounts
     ) -> Iterator[RewrittenCaption]:
-        """Yield each caption with its rewrites, in order; `counts` is added to."""
+        """Yield each caption with its rewrites, in order; `counts` is added to.
+
+        The captions are balanced together, 1,024 at a time: the lies depend on which captions come in one call.
+        """
         rules = self._rules(state.statistics)
         iterator = iter(captions)
         while chunk := list(islice(iterator, _CHUNK)):
@@ -129,12 +132,16 @@ class RuleGenerator:
     ) -> Iterator[RewrittenCaption]:
         parsed = list(self._parsed(chunk))
         slots: list[_Slot] = []
-        for index, caption in enumerate(parsed):
-            for kind in self._config.types:
-                candidates = rules.propose(caption, kind)
-                key = f"{kind}\0{caption.text}"
-                chosen = choose(candidates, state.potentials.get(kind, {}), self._config.seed, key)
+        settings = self._config.rules
+        for kind in self._config.types:
+            proposals = [Proposals.of(rules.propose(caption, kind)) for caption in parsed]
+            potentials = fit_potentials(
+                proposals, settings.num_batch_rounds, settings.regularization, state.potentials.get(kind, {})
+            )
+            for index, (caption, proposed) in enumerate(zip(parsed, proposals, strict=True)):
+                chosen = choose(proposed, potentials, self._config.seed, f"{kind}\0{caption.text}")
                 slots.append(_Slot(index, kind, chosen[:_MAX_ATTEMPTS]))
+        slots.sort(key=lambda slot: slot.index)
         open_slots = [slot for slot in slots if slot.candidates]
         taken: list[set[str]] = [set() for _ in chunk]
         # Relations have the fewest proposals, so they choose before the others.

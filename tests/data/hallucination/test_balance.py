@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from shellv_core.data.hallucination.balance import choose, differences, fit_potentials
+from shellv_core.data.hallucination.balance import Proposals, choose, differences, fit_potentials
 from shellv_core.data.hallucination.measurement import measure
 from shellv_core.data.hallucination.rules import Candidate
 from shellv_core.errors import DataError
@@ -19,12 +19,11 @@ def proposals(number, seed=0):
         own = rng.choices(COLORS, SHARES)[0]
         truth = f"{rng.choice(['a', 'one', 'this'])} {own} {rng.choice(['bus', 'car', 'cup', 'hat'])} number {index}"
         others = [color for color in COLORS if color != own]
-        found.append(
-            [
-                Candidate(truth.replace(own, color), truth, own, color, float(COLORS.index(color)), "color")
-                for color in others
-            ]
-        )
+        candidates = [
+            Candidate(truth.replace(own, color), truth, own, color, float(COLORS.index(color)), "color")
+            for color in others
+        ]
+        found.append(Proposals.of(candidates))
     return found
 
 
@@ -43,11 +42,23 @@ def test_balance_takes_the_text_only_advantage_away():
     assert plain.low > balanced.high
 
 
+def test_captions_that_were_not_learnt_from_are_balanced_among_themselves():
+    learnt = fit_potentials(proposals(60, seed=1), num_rounds=300, regularization=1e-5)
+    batch = proposals(1500, seed=9)
+    refined = fit_potentials(batch, num_rounds=300, regularization=1e-5, start=learnt)
+    alone = measure(pairs(batch, learnt))["attribute"]
+    together = measure(pairs(batch, refined))["attribute"]
+    assert abs(together.value - 0.5) < 0.06 < abs(alone.value - 0.5)
+    assert fit_potentials(batch, num_rounds=0, regularization=1e-5, start=learnt) == learnt
+
+
 def test_choice_is_a_pure_function_and_follows_the_weights():
-    candidates = [
-        Candidate(f"a {color} bus", "a bus", "", color, weight, "")
-        for color, weight in zip(COLORS, SHARES, strict=True)
-    ]
+    candidates = Proposals.of(
+        [
+            Candidate(f"a {color} bus", "a bus", "", color, weight, "")
+            for color, weight in zip(COLORS, SHARES, strict=True)
+        ]
+    )
     assert choose(candidates, {}, 0, "k") == choose(candidates, {}, 0, "k")
     first = [choose(candidates, {}, seed, "k")[0].replacement for seed in range(300)]
     assert 280 > first.count("red") > 250 or first.count("red") >= 280

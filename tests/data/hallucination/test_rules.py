@@ -153,16 +153,23 @@ def test_foreign_and_outdated_states_are_refused(state):
         list(build_generator(HallucinationConfig()).rewrite(captions(5), state, RewriteCounts()))
 
 
-def rewrite(part, state):
-    return list(build_generator(CONFIG).rewrite(part, state, RewriteCounts()))
+def rewrite(part, state, config=CONFIG):
+    return list(build_generator(config).rewrite(part, state, RewriteCounts()))
 
 
-def test_result_does_not_depend_on_the_workers(state):
+def test_a_batch_gets_the_same_lies_from_any_worker(state):
     everything = captions()
-    whole = rewrite(everything, state)
+    batches = [everything[:37], everything[37:41], everything[41:]]
     with ProcessPoolExecutor(2) as pool:
-        parts = list(pool.map(rewrite, [everything[:37], everything[37:41], everything[41:]], [state] * 3))
-    assert [item for part in parts for item in part] == whole
+        assert list(pool.map(rewrite, batches, [state] * 3)) == [rewrite(batch, state) for batch in batches]
+
+
+def test_without_batch_rounds_a_caption_gets_its_lies_whatever_is_beside_it():
+    config = CONFIG.model_copy(update={"rules": CONFIG.rules.model_copy(update={"num_batch_rounds": 0})})
+    state = build_generator(config).fit(captions())
+    everything = captions()
+    parts = [rewrite(part, state, config) for part in (everything[:37], everything[37:])]
+    assert [item for part in parts for item in part] == rewrite(everything, state, config)
 
 
 def test_lies_are_complete_marked_and_measured(state):
