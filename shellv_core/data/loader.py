@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -113,8 +113,9 @@ class PackedLoader:
         padding: color around images that are not square, or None to cut their middle out; see `decode.decode_image`.
         max_length: tokens of a pack.
         global_batch: packs of an optimizer step, over all ranks.
-        too_long: what becomes of conversations longer than `max_length`: an error now, cut at the end, or left out; the
-            last two are counted in `num_too_long` and logged.
+        max_document_length: tokens of a conversation, by default as many as a pack has.
+        too_long: what becomes of longer conversations: an error now, cut at the end, or left out; the last two are
+            counted in `num_too_long` and logged.
         samples_per_epoch: by default as many as the sources have together.
         num_workers: threads that decode and tokenize; what comes out does not depend on them.
 
@@ -144,12 +145,14 @@ class PackedLoader:
         num_workers: int = 2,
         too_long: TooLong = "error",
         samples_per_epoch: int | None = None,
+        max_document_length: int | None = None,
     ) -> None:
         _check_arguments(sources, global_batch, rank, world_size, num_workers, too_long, samples_per_epoch)
         self.sources, self.encoder = list(sources), encoder
         self.num_image_tokens, self.image_size, self.padding = num_image_tokens, image_size, padding
         self.max_length, self.global_batch, self.seed = max_length, global_batch, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.max_document_length = min(max_document_length or max_length, max_length)
         self.too_long, self.samples_per_epoch = too_long, samples_per_epoch
         self.epoch = self.step = 0
         self.num_too_long = 0
@@ -190,7 +193,7 @@ class PackedLoader:
             ],
             "encoder": [self.encoder.identity, self.encoder.tasks],
             "num_image_tokens": self.num_image_tokens,
-            "max_length": self.max_length,
+            "max_length": [self.max_length, self.max_document_length],
             "global_batch": self.global_batch,
             "seed": self.seed,
             "too_long": self.too_long,
@@ -223,7 +226,7 @@ class PackedLoader:
             )
         self.epoch, self.step = epoch, step
 
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
+    def __iter__(self) -> Generator[list[PackedBatch], None, None]:
         plan, start = self.plan(self.epoch), self.step
         with _Prefetch(self, plan, start) as prefetch:
             for step in range(start, plan.num_steps):
@@ -269,7 +272,8 @@ class PackedLoader:
         for row, sample in enumerate(shown.values()):
             images[row] = self._decode(sample)
         image_index = [NO_IMAGE if document.image is None else row_of_image[document.image] for document in documents]
-        parts = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
+        limit = self.max_document_length
+        parts = [(ids[:limit], labels[:limit]) for ids, labels in encoded]
         position_ids, borders = document_layout(np.asarray([len(ids) for ids, _ in parts], dtype=np.int64))
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
         labels[borders[:-1]] = IGNORE_INDEX
@@ -290,21 +294,21 @@ class PackedLoader:
         """Number the conversations of all sources, those that are left out aside."""
         first = np.cumsum([0, *(len(lengths.num_tokens) for lengths in all_lengths)])
         tokens = np.concatenate([lengths.with_images(self.num_image_tokens) for lengths in all_lengths])
-        fits = tokens <= self.max_length
+        fits = tokens <= self.max_document_length
         self.num_too_long = int((~fits).sum())
         if self.too_long == "error":
-            check_lengths(tokens, self.max_length)
+            check_lengths(tokens, self.max_document_length)
         elif self.num_too_long:
             done = "cut" if self.too_long == "cut" else "left out"
             logger.warning(
-                f"{self.num_too_long} of {len(tokens)} conversations have more than {self.max_length} tokens (the"
-                f" longest {tokens.max()}) and are {done}."
+                f"{self.num_too_long} of {len(tokens)} conversations have more than {self.max_document_length} tokens"
+                f" (the longest {tokens.max()}) and are {done}."
             )
         self._num_tokens = tokens
         self._first_document = first[:-1].tolist()
         # The plan counts the conversations that are kept; `_kept` gives their numbers among all.
         self._kept = np.flatnonzero(fits) if self.too_long == "leave_out" else np.arange(len(tokens))
-        self._document_lengths = np.minimum(tokens[self._kept], self.max_length)
+        self._document_lengths = np.minimum(tokens[self._kept], self.max_document_length)
         self._document_offsets = [
             np.searchsorted(self._kept, lengths.offsets + start)
             for start, lengths in zip(self._first_document, all_lengths, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from shellv_core.models.config import LoraConfig
-from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
 from shellv_core.training.config import HaclConfig, TrainingConfig
 
 
@@ -47,7 +47,7 @@ def run(config: FinetuneConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=TRAINING_CODE,
     )
 
 

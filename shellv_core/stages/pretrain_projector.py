@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shellv_core.models.config import ModelConfig
-from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
 from shellv_core.training.config import AlignmentConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=TRAINING_CODE,
     )
 
 

@@ -30,6 +30,17 @@ logger = get_logger(__name__)
 
 FINGERPRINT_PLACEHOLDER = "{fingerprint}"
 FINGERPRINT_DIGITS = 16
+#: The source that the training stages run.
+TRAINING_CODE = (
+    *(
+        f"data/{name}.py"
+        for name in (
+            "conversation", "decode", "encoder", "index", "lengths", "loader", "order", "packing", "reader", "samples",
+            "shards",
+        )
+    ),
+    "models", "templates.py", "training",
+)  # fmt: skip
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "pillow", "mlflow-skinny")
 
 

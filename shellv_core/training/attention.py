@@ -145,19 +145,20 @@ def _flash(
     window: int | None,
 ) -> torch.Tensor:
     """One call of torch's kernel for ragged sequences, and a small one for the readout tokens."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    varlen_attn: Any = varlen.varlen_attn
     options: Any = {"scale": scaling, "enable_gqa": query_NHW.shape[1] != key_NGW.shape[1]}
     layout = _flash_layout(documents, window, query_NHW.device)
     end, longest = documents.borders[-1], max(documents.lengths)
-    result = varlen_attn(
+    result: torch.Tensor = varlen_attn(
         query_NHW[:end], key_NGW[:end], value_NGW[:end], layout.borders, layout.borders, longest, longest,
         window_size=(-1 if window is None else window - 1, 0), **options,
     )  # fmt: skip
     if not documents.spans:
         return result
     seen = layout.seen
-    readouts = varlen_attn(
+    readouts: torch.Tensor = varlen_attn(
         query_NHW[end:], key_NGW[seen], value_NGW[seen], layout.readout_borders, layout.seen_borders, 1,
         layout.most_seen, **options,
     )  # fmt: skip

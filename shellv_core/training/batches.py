@@ -63,6 +63,16 @@ class Batch:
     num_tokens: int
     contrast: ContrastBatch | None
 
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.input_ids)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens with padding."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`."""
         return Batch(
@@ -133,7 +143,7 @@ def make_batch(
         num_tokens=int(examples.input_ids.lengths[rows].sum()),
         contrast=None
         if num_hallucinated is None
-        else _contrast(examples, images, pad_token_id, num_hallucinated, turn),
+        else make_contrast(examples, images, pad_token_id, num_hallucinated, turn),
     )
 
 
@@ -143,9 +153,10 @@ def count_label_tokens(examples: Examples, rows: np.ndarray) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def _contrast(
+def make_contrast(
     examples: Examples, images: np.ndarray, pad_token_id: int, num_hallucinated: int, turn: int
 ) -> ContrastBatch | None:
+    """The contrast of those of `images` that have a caption; None if none has. For `turn` see `make_batch`."""
     kept = np.flatnonzero(examples.captions.lengths[images] > 0)
     if not len(kept):
         return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +19,18 @@ FILE_NAME = "checkpoint.safetensors"
 
 
 def save_checkpoint(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, identity: str
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    identity: str,
+    position: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what is needed to go on after `step` optimizer steps; an earlier checkpoint is replaced atomically."""
+    """Write what is needed to go on after `step` optimizer steps; an earlier checkpoint is replaced atomically.
+
+    Args:
+        position: where in its data the run stands, in JSON's types, if `step` does not say it.
+    """
     tensors = {"random_state": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random_state_cuda"] = torch.cuda.get_rng_state()
@@ -29,21 +40,24 @@ def save_checkpoint(
             tensors[f"optimizer.{key}.{name}"] = value.detach().contiguous()
     path = directory / FILE_NAME
     unfinished = path.with_suffix(".tmp")
-    save_file(tensors, unfinished, metadata={"state": json.dumps({"step": step, "identity": identity})})
+    state = {"step": step, "identity": identity, "position": position}
+    save_file(tensors, unfinished, metadata={"state": json.dumps(state)})
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
 
 
-def load_checkpoint(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> int:
-    """Restore the state of `save_checkpoint` and return its step; 0 if there is no checkpoint.
+def load_checkpoint(
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, identity: str
+) -> tuple[int, dict[str, Any] | None]:
+    """Restore the state of `save_checkpoint` and return its step and position; 0 and None if there is no checkpoint.
 
     Raises:
         TrainingError: if the checkpoint is damaged or belongs to another run.
     """
     path = directory / FILE_NAME
     if not path.exists():
-        return 0
+        return 0, None
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
@@ -68,7 +82,7 @@ def load_checkpoint(directory: Path, module: nn.Module, optimizer: torch.optim.O
     torch.set_rng_state(tensors["random_state"])
     if "random_state_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random_state_cuda"])
-    return int(state["step"])
+    return int(state["step"]), state["position"]
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -59,8 +59,18 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     #: Tokens per conversation, image tokens included; longer ones are cut.
     max_length: int = Field(default=2048, ge=8)
-    #: Compute the frozen vision tower's features once and keep them on disk; false runs the tower in every step.
+    #: Compute the frozen vision tower's features once and keep them on disk; false runs the tower in every step. Packs
+    #: bring their pictures along, so with packing the tower runs in every step either way.
     cache_features: bool = True
+    #: Train from packs, read from the shards as they are needed: conversations one behind another, none of which sees
+    #: another, without padding. `global_batch_size` and `micro_batch_size` then hold on average.
+    packing: bool = False
+    #: With packing: tokens per forward pass, at most; captions of the contrastive objective come on top.
+    pack_tokens: int = Field(default=8192, ge=8)
+    #: With packing: threads that decode and tokenize ahead.
+    pack_workers: int = Field(default=2, ge=1)
+    #: With packing: positions whose logits exist at a time.
+    loss_chunk: int = Field(default=1024, ge=1)
     checkpoint_every_steps: int = Field(default=200, ge=1)
     log_every_steps: int = Field(default=20, ge=1)
 
@@ -68,6 +78,11 @@ class TrainingConfig(Config):
     def _check(self) -> TrainingConfig:
         if not self.trainable:
             raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.packing and self.pack_tokens < self.max_length:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} is less than max_length={self.max_length}; a pack must hold the"
+                " longest conversation"
+            )
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of"

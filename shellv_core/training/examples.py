@@ -145,10 +145,10 @@ def tokenize_samples(
         Ragged.of(input_ids),
         Ragged.of(labels),
         np.asarray(image_index, dtype=np.int64),
-        Ragged.of(_encode_texts(tokenizer, captions)),
-        _groups(captions),
-        Ragged.of(_encode_texts(tokenizer, hallucinated)),
-        _groups(hallucinated),
+        Ragged.of(encode_texts(tokenizer, captions)),
+        text_groups(captions),
+        Ragged.of(encode_texts(tokenizer, hallucinated)),
+        text_groups(hallucinated),
         np.asarray(hallucinated_offsets, dtype=np.int64),
     )
 
@@ -163,11 +163,13 @@ def _check_image_tokens(ids: np.ndarray, image_token_id: int, num_image_tokens: 
         )
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of captions, int32, ending in the end-of-text token; none at all for an empty text."""
     encoded = encode_captions(tokenizer, texts, MAX_CAPTION_LENGTH)
     empty = np.zeros(0, dtype=np.int32)
     return [ids if text.strip() else empty for text, ids in zip(texts, encoded, strict=True)]
 
 
-def _groups(texts: Sequence[str]) -> np.ndarray:
+def text_groups(texts: Sequence[str]) -> np.ndarray:
+    """Hashes, int64 (len(texts),), equal for equal texts."""
     return np.asarray([zlib.crc32(text.strip().encode()) for text in texts], dtype=np.int64)

@@ -22,8 +22,9 @@ from shellv_core.training.alignment import align_words
 from shellv_core.training.config import AlignmentConfig, TrainingConfig
 from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
-from shellv_core.training.loop import TrainingSummary, train
+from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.model import TrainingModel
+from shellv_core.training.packed_feed import packed_feed
 
 NO_IMAGES = torch.zeros(0, 0, 0)
 
@@ -35,17 +36,20 @@ class TrainingData:
     Attributes:
         read: opens the samples from the start.
         identity: hash of what `read` yields.
+        source, split: where packs are read from; None if there are only samples.
     """
 
     read: Callable[[], Iterable[Sample]]
     num_samples: int
     identity: str
+    source: InputDirectory | None = None
+    split: str = "train"
 
     @classmethod
     def of(cls, source: InputDirectory, split: str) -> TrainingData:
         """The samples of a split of a prepare_data output."""
         identity = fingerprint([shard.sha256 for shard in split_shards(source, split)])
-        return cls(lambda: read_shards(source, split), count_samples(source, split), identity)
+        return cls(lambda: read_shards(source, split), count_samples(source, split), identity, source, split)
 
 
 def fit(
@@ -67,6 +71,23 @@ def fit(
     """
     if torch.cuda.is_available():
         module.to("cuda")
+    aligned: dict[str, float] = {}
+    if alignment or not config.packing:
+        examples, features = _load(module, processor, data, config, work)
+    if alignment:
+        aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+    if config.packing:
+        with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+            summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
+    else:
+        summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+
+
+def _load(
+    module: TrainingModel, processor: LlavaProcessor, data: TrainingData, config: TrainingConfig, work: Path
+) -> tuple[Examples, ImageFeatures]:
+    """Tokenize `data` and get its image features."""
     with Progress(data.num_samples, "tokenizing", "samples") as counter:
         examples = tokenize_samples(
             data.read(),
@@ -82,19 +103,12 @@ def fit(
     def images() -> Iterator[bytes]:
         return image_bytes(data.read())
 
-    features: ImageFeatures
     if not examples.num_images:
-        features = CachedFeatures(NO_IMAGES)
-    elif config.cache_features:
+        return examples, CachedFeatures(NO_IMAGES)
+    if config.cache_features:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        features = cached_features(images, examples.num_images, data.identity, module.model, processor, dtype)
-    else:
-        features = LiveFeatures(images(), work / "images.bin", module.model, processor)
-    aligned: dict[str, float] = {}
-    if alignment:
-        aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
-    summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
-    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+        return examples, cached_features(images, examples.num_images, data.identity, module.model, processor, dtype)
+    return examples, LiveFeatures(images(), work / "images.bin", module.model, processor)
 
 
 def _align(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,9 +35,47 @@ from shellv_core.training.config import TrainingConfig
 from shellv_core.training.examples import Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.model import TrainingModel
+from shellv_core.training.packed import PackedRow
 
 logger = get_logger(__name__)
 SUMMARY_STEPS = 50
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one optimizer step learns from.
+
+    Attributes:
+        parts: its forward passes, made as they are taken, and each one's share in the means of the contrastive losses.
+        num_labels: tokens that all of them together learn.
+    """
+
+    parts: Iterable[tuple[Batch | PackedRow, float]]
+    num_labels: int
+
+
+class Feed(Protocol):
+    """Where a run gets its steps from.
+
+    Attributes:
+        total: optimizer steps of the run.
+        identity: what decides its data, in JSON's types.
+    """
+
+    total: int
+    identity: Any
+
+    def steps(self, first: int, position: dict[str, Any] | None) -> Iterator[StepData]:
+        """The steps after the `first`, where the feed stood at `position`."""
+
+    def position(self) -> dict[str, Any] | None:
+        """Where the feed stands, in JSON's types; None if the step says it."""
+
+    def seconds_waited(self) -> float | None:
+        """How long steps had to be waited for so far; None if they are not made ahead."""
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """The attention that its forward and backward passes need."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +84,7 @@ class TrainingSummary:
 
     Attributes:
         metrics: losses (means over the last 50 steps), samples_per_second, tokens_per_second (without padding),
-            padding_share.
+            padding_share (with packing: of a pack's room), data_wait_share (of the time).
     """
 
     num_steps: int
@@ -62,10 +101,12 @@ class _Meter:
     padded_tokens: int = 0
     recent: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, losses: dict[str, float], batches: list[Batch]) -> None:
-        self.samples += sum(len(batch.input_ids) for batch in batches)
-        self.tokens += sum(batch.num_tokens for batch in batches)
-        self.padded_tokens += sum(batch.input_ids.numel() for batch in batches)
+    def count(self, batch: Batch | PackedRow) -> None:
+        self.samples += batch.num_samples
+        self.tokens += batch.num_tokens
+        self.padded_tokens += batch.num_slots
+
+    def add(self, losses: dict[str, float]) -> None:
         self.recent = [*self.recent[1 - SUMMARY_STEPS :], losses]
 
     def losses(self, num_steps: int) -> dict[str, float]:
@@ -73,13 +114,14 @@ class _Meter:
         keys = sorted({key for losses in recent for key in losses})
         return {key: float(np.mean([losses[key] for losses in recent if key in losses])) for key in keys}
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, seconds_waited: float | None) -> dict[str, float]:
         seconds = max(time.monotonic() - self.start, 1e-9)
-        return {
+        rates = {
             "samples_per_second": self.samples / seconds,
             "tokens_per_second": self.tokens / seconds,
             "padding_share": 1 - self.tokens / max(self.padded_tokens, 1),
         }
+        return rates if seconds_waited is None else {**rates, "data_wait_share": seconds_waited / seconds}
 
 
 def train(
@@ -92,11 +134,29 @@ def train(
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
 ) -> TrainingSummary:
+    """`train_from` padded batches of `examples`.
+
+    Args:
+        features: of the images that `examples` number.
+    """
+    feed = PaddedFeed(module, examples, features, config, seed)
+    return train_from(feed, module, config, seed, checkpoint_directory, log, description)
+
+
+def train_from(
+    feed: Feed,
+    module: TrainingModel,
+    config: TrainingConfig,
+    seed: int,
+    checkpoint_directory: Path,
+    log: Callable[[dict[str, float], int], None],
+    description: str = "training",
+) -> TrainingSummary:
     """Train the parameters of `module` that require gradients, in place.
 
     Args:
+        feed: `PaddedFeed` or `packed_feed.PackedFeed`.
         module: its parts that shall learn require gradients; see `set_trainable`.
-        features: of the images that `examples` number.
         checkpoint_directory: local; a checkpoint in it is continued.
         log: receives metrics and the step, every `config.log_every_steps`.
 
@@ -105,31 +165,30 @@ def train(
     """
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
-    total = total_steps(len(examples), config)
-    identity = fingerprint(config, seed, total, _identity(examples))
+    total = feed.total
+    identity = fingerprint(config, seed, total, feed.identity)
     checkpoint_directory.mkdir(parents=True, exist_ok=True)
-    first = load_checkpoint(checkpoint_directory, module, optimizer, identity)
+    first, position = load_checkpoint(checkpoint_directory, module, optimizer, identity)
     if first:
         logger.info("%s: going on from step %d of %d", description, first, total)
     module.train()
     meter = _Meter()
     last_log = first
-    plan = _plan(examples, config, seed, first, total)
-    with _attention(module, config), Progress(total, description, "steps", initial=first) as counter:
-        for step, rows in enumerate(plan, start=first + 1):
+    rates: dict[str, float] = {}
+    with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
+        for step, data in enumerate(feed.steps(first, position), start=first + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-            losses, batches = _step(module, examples, features, rows, config, optimizer, step)
-            meter.add(losses, batches)
-            rates = meter.rates()
-            counter.update(1, loss=losses["loss"], **{key: rates[key] for key in list(rates)[:2]})
+            meter.add(_step(module, data, config, optimizer, step, meter))
+            rates = meter.rates(feed.seconds_waited())
+            counter.update(1, loss=meter.recent[-1]["loss"], **_shown(rates))
             if step % config.log_every_steps == 0 or step == total:
                 log({**meter.losses(step - last_log), **rates}, step)
                 last_log = step
             if step % config.checkpoint_every_steps == 0 or step == total:
-                save_checkpoint(checkpoint_directory, module, optimizer, step, identity)
+                save_checkpoint(checkpoint_directory, module, optimizer, step, identity, feed.position())
     module.eval()
-    return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **(meter.rates() if meter.samples else {})})
+    return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates})
 
 
 def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
@@ -193,40 +252,24 @@ def precision(autocast: bool, device: torch.device) -> contextlib.AbstractContex
     return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
 
 
-def _plan(examples: Examples, config: TrainingConfig, seed: int, first: int, total: int) -> Iterator[np.ndarray]:
-    """The rows of each step after `first`."""
-    per_epoch = steps_per_epoch(len(examples), config.global_batch_size)
-    lengths = examples.input_ids.lengths
-    for epoch in range(first // per_epoch, math.ceil(total / per_epoch)):
-        batches = plan_epoch(lengths, config.global_batch_size, seed, epoch)
-        start = max(first - epoch * per_epoch, 0)
-        yield from batches[start : total - epoch * per_epoch]
-
-
 def _step(
     module: TrainingModel,
-    examples: Examples,
-    features: ImageFeatures,
-    rows: np.ndarray,
+    data: StepData,
     config: TrainingConfig,
     optimizer: torch.optim.Optimizer,
     step: int,
-) -> tuple[dict[str, float], list[Batch]]:
-    num_labels = count_label_tokens(examples, rows)
-    size = config.micro_batch_size or len(rows)
-    micro_rows = [rows[start : start + size] for start in range(0, len(rows), size)]
+    meter: _Meter,
+) -> dict[str, float]:
     device = module.model.device
     totals: dict[str, float] = {}
-    batches = []
     optimizer.zero_grad(set_to_none=True)
-    for part in micro_rows:
-        batch = _batch(module, examples, features, part, step).to(device)
+    for batch, share in data.parts:
         with precision(config.precision == "bf16", device):
-            output = module(batch)
-        losses = {"generation_loss": output.generation_loss_sum / num_labels}
+            output = module(batch.to(device))
+        losses = {"generation_loss": output.generation_loss_sum / max(data.num_labels, 1)}
         loss = losses["generation_loss"]
         if output.contrast is not None:
-            contrast, share = output.contrast, len(part) / len(rows)
+            contrast = output.contrast
             loss = loss + module.hacl.weight * share * contrast.loss
             losses["image_to_text_loss"] = share * contrast.image_to_text
             losses["text_to_image_loss"] = share * contrast.text_to_image
@@ -237,7 +280,7 @@ def _step(
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
-        batches.append(batch)
+        meter.count(batch)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not math.isfinite(totals["loss"]) or not math.isfinite(totals["gradient_norm"]):
@@ -248,34 +291,71 @@ def _step(
     optimizer.step()
     if module.heads is not None:
         module.heads.clamp_temperature()
-    return totals, batches
+    return totals
 
 
-def _batch(module: TrainingModel, examples: Examples, features: ImageFeatures, rows: np.ndarray, turn: int) -> Batch:
-    images = batch_images(examples, rows)
-    return make_batch(
-        examples,
-        rows,
-        features.gather(images) if len(images) else None,
-        module.model.config.image_token_id,
-        module.model.generation_config.pad_token_id,
-        module.hacl.num_hallucinated if module.heads is not None else None,
-        turn,
-    )
+def _shown(rates: dict[str, float]) -> dict[str, float]:
+    """The rates beside the progress: what is useful instead of what is not."""
+    others = {key: value for key, value in rates.items() if key != "padding_share"}
+    return {**others, "useful_token_share": 1 - rates["padding_share"]}
 
 
-@contextlib.contextmanager
-def _attention(module: TrainingModel, config: TrainingConfig) -> Iterator[None]:
-    """On CPU, torch's fused attention in bfloat16 costs several times what plain matrix products cost."""
-    language_model = module.model.model.language_model
-    usual = language_model.config._attn_implementation
-    if config.precision == "bf16" and module.model.device.type == "cpu":
-        language_model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        language_model.set_attn_implementation(usual)
+class PaddedFeed:
+    """Right-padded batches of conversations of similar length; see `batches`."""
 
+    def __init__(
+        self, module: TrainingModel, examples: Examples, features: ImageFeatures, config: TrainingConfig, seed: int
+    ) -> None:
+        """Take `features` of the images that `examples` number."""
+        self.module, self.examples, self.features, self.config, self.seed = module, examples, features, config, seed
+        self.total = total_steps(len(examples), config)
+        values = examples.input_ids.values
+        self.identity = [len(examples), examples.num_images, int(values.sum()), len(values)]
 
-def _identity(examples: Examples) -> list[int]:
-    return [len(examples), examples.num_images, int(examples.input_ids.values.sum()), len(examples.input_ids.values)]
+    def steps(self, first: int, position: dict[str, Any] | None) -> Iterator[StepData]:
+        """See `Feed`."""
+        size = self.config.global_batch_size
+        per_epoch = steps_per_epoch(len(self.examples), size)
+        lengths = self.examples.input_ids.lengths
+        for epoch in range(first // per_epoch, math.ceil(self.total / per_epoch)):
+            batches = plan_epoch(lengths, size, self.seed, epoch)
+            start = epoch * per_epoch
+            for step in range(max(first - start, 0), min(self.total - start, per_epoch)):
+                rows = batches[step]
+                yield StepData(self._parts(rows, start + step + 1), count_label_tokens(self.examples, rows))
+
+    def position(self) -> None:
+        """See `Feed`."""
+
+    def seconds_waited(self) -> None:
+        """See `Feed`."""
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """On CPU, torch's fused attention in bfloat16 costs several times what plain matrix products cost."""
+        language_model = self.module.model.model.language_model
+        usual = language_model.config._attn_implementation
+        if self.config.precision == "bf16" and self.module.model.device.type == "cpu":
+            language_model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            language_model.set_attn_implementation(usual)
+
+    def _parts(self, rows: np.ndarray, turn: int) -> Iterator[tuple[Batch, float]]:
+        size = self.config.micro_batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield self._batch(part, turn), len(part) / len(rows)
+
+    def _batch(self, rows: np.ndarray, turn: int) -> Batch:
+        module, images = self.module, batch_images(self.examples, rows)
+        return make_batch(
+            self.examples,
+            rows,
+            self.features.gather(images) if len(images) else None,
+            module.model.config.image_token_id,
+            module.model.generation_config.pad_token_id,
+            module.hacl.num_hallucinated if module.heads is not None else None,
+            turn,
+        )

@@ -17,6 +17,7 @@ from shellv_core.models.hacl import HaclHeads
 from shellv_core.training.batches import Batch, ContrastBatch
 from shellv_core.training.config import HaclConfig
 from shellv_core.training.losses import ContrastiveResult, contrastive_loss
+from shellv_core.training.packed import PackedRow, forward_packed
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class TrainingModel(nn.Module):
         eos_token_id = model.generation_config.eos_token_id
         self.eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
 
-    def forward(self, batch: Batch) -> StepOutput:
-        """See `Batch` for the shapes."""
+    def forward(self, batch: Batch | PackedRow) -> StepOutput:
+        """See `Batch` and `PackedRow` for the shapes."""
+        if isinstance(batch, PackedRow):
+            return StepOutput(*forward_packed(self, batch))
         embeddings_BTH = self.model.get_input_embeddings()(batch.input_ids)
         hidden_size = embeddings_BTH.shape[-1]
         images_UNH = None

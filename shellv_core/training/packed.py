@@ -1,0 +1,241 @@
+"""One forward pass over a pack: the generation loss and HACL's contrast from one row without padding.
+
+The row holds the pack's documents; then, each a document of its own, the captions and hallucinated captions; then one
+end-of-text token per image, the readout. A readout sees its image's first document up to the image's last token, and
+nothing sees it, so the document reads as if it were not there. In the padded form that is four passes, of which the one
+for the readouts runs the image a second time.
+
+Where a text stands before the image (a system prompt), the readout has seen it too; the padded form of
+`training.model` gives it the image alone. Without such a text both are the same.
+
+Shapes: N tokens of the row; I images; H hidden size; P images with captions, K hallucinated captions each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from shellv_core.data.conversation import IGNORE_INDEX
+from shellv_core.data.loader import NO_IMAGE, PackedBatch
+from shellv_core.errors import TrainingError
+from shellv_core.training.attention import ATTENTION_NAME, Documents
+from shellv_core.training.batches import ContrastBatch, make_contrast
+from shellv_core.training.cross_entropy import chunked_cross_entropy
+from shellv_core.training.examples import Examples, Ragged, encode_texts, text_groups
+from shellv_core.training.losses import ContrastiveResult, contrastive_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from shellv_core.training.model import TrainingModel
+
+
+@dataclass(frozen=True)
+class ReadoutPositions:
+    """Where the row's states for the contrast stand: images (P,), and texts as `ContrastBatch.text_ids` has them."""
+
+    images: torch.Tensor
+    texts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """What `forward_packed` reads.
+
+    Attributes:
+        input_ids, position_ids: int64 (N,).
+        documents: which tokens see each other.
+        image_features: (I, num_image_tokens, vision hidden size), or None for text only.
+        image_positions: (n,) image tokens in the row.
+        image_tokens: (n,) which row of the flattened projected features, (I * num_image_tokens, H), stands there.
+        label_positions: (L,) positions whose next token is learned.
+        label_ids: (L,) these next tokens.
+        loss_chunk: positions whose logits exist at a time.
+        num_samples, num_tokens: conversations, and tokens of them; those of the contrast are not counted.
+        num_slots: tokens that the pack had room for.
+        contrast: its texts are in the row already; None without.
+        readouts: None without contrast.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    documents: Documents
+    image_features: torch.Tensor | None
+    image_positions: torch.Tensor
+    image_tokens: torch.Tensor
+    label_positions: torch.Tensor
+    label_ids: torch.Tensor
+    loss_chunk: int
+    num_samples: int
+    num_tokens: int
+    num_slots: int
+    contrast: ContrastBatch | None = None
+    readouts: ReadoutPositions | None = None
+
+    def to(self, device: torch.device) -> PackedRow:
+        """Copy to `device`."""
+        values = {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(self).items()}
+        if self.readouts is not None:
+            values["readouts"] = ReadoutPositions(self.readouts.images.to(device), self.readouts.texts.to(device))
+        return PackedRow(**values)
+
+
+def make_row(
+    pack: PackedBatch,
+    image_features: torch.Tensor | None,
+    image_token_id: int,
+    eos_token_id: int,
+    contrast: ContrastBatch | None = None,
+    loss_chunk: int = 1024,
+    num_slots: int | None = None,
+) -> PackedRow:
+    """Lay a pack out as a row.
+
+    Args:
+        image_features: of the pack's images, in their order.
+        eos_token_id: the readout token.
+        contrast: of the pack's images, from `pack_contrast`.
+        num_slots: tokens that the pack had room for; by default as many as it has.
+    """
+    borders = pack.cu_seqlens.tolist()
+    ids, labels = pack.input_ids.numpy(), pack.labels.numpy()
+    document_of = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
+    image_of = pack.image_index.numpy()[document_of]
+    image_positions = np.flatnonzero((ids == image_token_id) & (image_of != NO_IMAGE))
+    of_document = document_of[image_positions]
+    ordinal = np.arange(len(image_positions)) - np.searchsorted(of_document, of_document)
+    per_image = 0 if image_features is None else image_features.shape[1]
+    label_positions = np.flatnonzero(labels != IGNORE_INDEX) - 1
+    parts, positions = [ids], [pack.position_ids.numpy()]
+    spans: list[tuple[int, int]] = []
+    readouts = None
+    if contrast is not None:
+        texts = _texts(contrast)
+        parts += texts
+        positions += [np.arange(len(text)) for text in texts]
+        text_borders = list(itertools.accumulate(map(len, texts), initial=borders[-1]))
+        borders = borders + text_borders[1:]
+        spans = _image_spans(contrast.images.tolist(), pack, image_positions, of_document)
+        parts.append(np.full(len(spans), eos_token_id))
+        positions.append(np.asarray([stop - start for start, stop in spans]))
+        readouts = ReadoutPositions(
+            images=torch.arange(borders[-1], borders[-1] + len(spans)),
+            texts=torch.tensor(text_borders[1:]) - 1,
+        )
+    return PackedRow(
+        input_ids=torch.from_numpy(np.concatenate(parts)),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
+        documents=Documents(tuple(borders), tuple(spans)),
+        image_features=image_features,
+        image_positions=torch.from_numpy(image_positions),
+        image_tokens=torch.from_numpy(image_of[image_positions] * per_image + ordinal),
+        label_positions=torch.from_numpy(label_positions),
+        label_ids=torch.from_numpy(labels[label_positions + 1]),
+        loss_chunk=loss_chunk,
+        num_samples=len(pack.keys),
+        num_tokens=len(ids),
+        num_slots=len(ids) if num_slots is None else num_slots,
+        contrast=contrast,
+        readouts=readouts,
+    )
+
+
+def pack_contrast(
+    pack: PackedBatch, tokenizer: PreTrainedTokenizerBase, num_hallucinated: int, turn: int
+) -> ContrastBatch | None:
+    """The contrast of a pack's images that have a caption; None if none has.
+
+    Args:
+        turn: decides, with the image's place in the pack, which of its hallucinated captions come now.
+    """
+    captions = [caption or "" for caption in pack.captions]
+    lies = [
+        [item.text for item in items] if caption else []
+        for caption, items in zip(captions, pack.hallucinated, strict=True)
+    ]
+    texts = [text for each in lies for text in each]
+    nothing = np.zeros(0, dtype=np.int64)
+    examples = Examples(
+        input_ids=Ragged.of([]),
+        labels=Ragged.of([]),
+        image_index=nothing,
+        captions=Ragged.of(encode_texts(tokenizer, captions)),
+        caption_groups=text_groups(captions),
+        hallucinated=Ragged.of(encode_texts(tokenizer, texts)),
+        hallucinated_groups=text_groups(texts),
+        hallucinated_offsets=np.cumsum([0, *map(len, lies)], dtype=np.int64),
+    )
+    # The padding is cut off again.
+    return make_contrast(examples, np.arange(len(captions)), 0, num_hallucinated, turn)
+
+
+def forward_packed(module: TrainingModel, row: PackedRow) -> tuple[torch.Tensor, ContrastiveResult | None]:
+    """The sum of the generation loss over the row's labels, and the contrast.
+
+    Raises:
+        TrainingError: outside of `attention.documents_apart`.
+    """
+    model = module.model
+    language_model = model.model.language_model
+    if language_model.config._attn_implementation != ATTENTION_NAME:
+        raise TrainingError(
+            f"the language model's attention is {language_model.config._attn_implementation!r}, under which packed"
+            " documents would see each other; train within documents_apart(language_model)."
+        )
+    embeddings_NH = model.get_input_embeddings()(row.input_ids)
+    if row.image_features is not None:
+        dtype = embeddings_NH.dtype
+        images_ITH = model.model.multi_modal_projector(row.image_features.to(dtype)).to(dtype)
+        images_nH = images_ITH.flatten(0, 1)[row.image_tokens]
+        embeddings_NH = embeddings_NH.index_copy(0, row.image_positions, images_nH)
+    hidden_NH = language_model(
+        inputs_embeds=embeddings_NH[None],
+        position_ids=row.position_ids[None],
+        documents=row.documents,
+        use_cache=False,
+    ).last_hidden_state[0]
+    loss = chunked_cross_entropy(hidden_NH[row.label_positions], model.lm_head, row.label_ids, row.loss_chunk)
+    if module.heads is None or row.contrast is None or row.readouts is None:
+        return loss, None
+    batch = row.contrast
+    num_images, num_hallucinated = batch.hallucinated_valid.shape
+    texts = module.heads.embed_texts(hidden_NH[row.readouts.texts])
+    contrast = contrastive_loss(
+        module.heads.embed_images(hidden_NH[row.readouts.images]),
+        texts[:num_images],
+        texts[num_images:].view(num_images, num_hallucinated, texts.shape[-1]),
+        module.heads.temperature,
+        module.hacl.negatives,
+        hallucinated_valid=batch.hallucinated_valid,
+        caption_group=batch.caption_groups,
+        hallucinated_group=batch.hallucinated_groups,
+    )
+    return loss, contrast
+
+
+def _texts(contrast: ContrastBatch) -> list[np.ndarray]:
+    """The texts without padding; of a slot without a hallucinated caption its first token, as something must stand."""
+    ends = contrast.text_ends.numpy().copy()
+    num_images, num_hallucinated = contrast.hallucinated_valid.shape
+    slots = slice(num_images, num_images * (1 + num_hallucinated))
+    ends[slots] = np.where(contrast.hallucinated_valid.flatten().numpy(), ends[slots], 0)
+    return [ids[: end + 1] for ids, end in zip(contrast.text_ids.numpy(), ends, strict=True)]
+
+
+def _image_spans(
+    images: Sequence[int], pack: PackedBatch, image_positions: np.ndarray, of_document: np.ndarray
+) -> list[tuple[int, int]]:
+    """For each image its first document, from the start to the image's last token."""
+    index, borders = pack.image_index.tolist(), pack.cu_seqlens.tolist()
+    spans = []
+    for image in images:
+        document = index.index(image)
+        last = image_positions[np.searchsorted(of_document, document, side="right") - 1]
+        spans.append((borders[document], int(last) + 1))
+    return spans
