@@ -93,7 +93,9 @@ def padded_passes(module, pack, features, contrast=None):
         documents.append(embeddings)
     hidden = language_model(documents)
     losses = [
-        functional.cross_entropy(head(row[: len(label) - 1]), label[1:], ignore_index=-100, reduction="sum")
+        functional.cross_entropy(
+            head(row[: len(label) - 1][label[1:] != -100]), label[1:][label[1:] != -100], reduction="sum"
+        )
         for row, label in zip(hidden, labels, strict=True)
     ]
     if contrast is None:
