@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" captions of {np.mean(captions):.0f} tokens, {options.threads} threads, load {load:.1f}\n"
     )
     print(
-        "| learns | pass | seconds | times as fast as four padded | times a plain packed step |\n|---|---|---|---|---|"
+        "| learns | pass | CPU seconds | times as fast as four padded | times a plain packed step |\n"
+        + "|---" * 5
+        + "|"
     )
     for learns in ("all", "projector and heads"):
         module = random_module(options.hidden, options.layers, options.vocabulary, options.image_tokens)
