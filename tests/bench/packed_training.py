@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         room = len(documents) * PACK_TOKENS // scale
         share = lengths.sum() / room if name == "packed" else padded_share(lengths, documents)
         print(
-            f"| {name} | {share:.3f} | {tokens[name] / slots[name]:.3f} | {alone[name]:.0f} | {alone['packed'] / alone[name]:.2f}"
-            f" | {together[name]:.0f} | {together['packed'] / together[name]:.2f} |"
+            f"| {name} | {share:.3f} | {tokens[name] / slots[name]:.3f} | {alone[name]:.0f}"
+            f" | {alone['packed'] / alone[name]:.2f} | {together[name]:.0f} | {together['packed'] / together[name]:.2f} |"
         )
     return 0
 
