@@ -119,19 +119,26 @@ def documents_attention(
             f"attention {ATTENTION_NAME!r} takes one row of {documents.num_tokens} tokens as its documents have, but"
             f" got {query.shape[0]} rows of {query.shape[2]}."
         )
-    query_NHW, key_NGW, value_NGW = (each[0].transpose(0, 1) for each in (query, key, value))
-    kernel = _flash if _takes_flash(query, dropout) else _per_document
-    result_NHW = kernel(query_NHW, key_NGW, value_NGW, documents, dropout, scaling, sliding_window)
-    return result_NHW[None], None
+    device = query.device
+    # Under autocast the rotary embedding leaves queries and keys in float32, values not.
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
+    # In bfloat16, torch's CPU kernel takes several times as long.
+    compute_dtype = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+    query_NHW, key_NGW, value_NGW = (each[0].transpose(0, 1).to(compute_dtype) for each in (query, key, value))
+    kernel = _flash if _takes_flash(query_NHW, dropout) else _per_document
+    with torch.autocast(device.type, enabled=False):
+        result_NHW = kernel(query_NHW, key_NGW, value_NGW, documents, dropout, scaling, sliding_window)
+    return result_NHW[None].to(dtype), None
 
 
-def _takes_flash(query: torch.Tensor, dropout: float) -> bool:
+def _takes_flash(query_NHW: torch.Tensor, dropout: float) -> bool:
     return (
-        query.device.type == "cuda"
-        and query.dtype in FLASH_DTYPES
-        and query.shape[-1] <= FLASH_HEAD_WIDTH
+        query_NHW.device.type == "cuda"
+        and query_NHW.dtype in FLASH_DTYPES
+        and query_NHW.shape[-1] <= FLASH_HEAD_WIDTH
         and not dropout  # torch's kernel has none
-        and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
+        and torch.cuda.get_device_capability(query_NHW.device) >= FLASH_CAPABILITY
     )
 
 
@@ -203,10 +210,7 @@ def _per_document(
     window: int | None,
 ) -> torch.Tensor:
     """SDPA for each group of documents of about one length, padded at their ends, where causality makes it harmless."""
-    dtype, gqa = query_NHW.dtype, query_NHW.shape[1] != key_NGW.shape[1]
-    if query_NHW.device.type == "cpu":
-        # In bfloat16, torch's CPU kernel takes several times as long.
-        query_NHW, key_NGW, value_NGW = query_NHW.float(), key_NGW.float(), value_NGW.float()
+    gqa = query_NHW.shape[1] != key_NGW.shape[1]
 
     def attend(query_nLHW: torch.Tensor, keys: torch.Tensor | slice, causal: bool) -> torch.Tensor:
         key_nLGW, value_nLGW = key_NGW[keys], value_NGW[keys]
@@ -229,7 +233,7 @@ def _per_document(
             parts.append(attend(query_NHW[rows], rows, True).flatten(0, 1)[kept])
     for positions, keys in layout.readouts:
         parts.append(attend(query_NHW[positions][:, None], keys, False)[:, 0])
-    return torch.cat(parts)[layout.order].to(dtype)
+    return torch.cat(parts)[layout.order]
 
 
 @dataclass(frozen=True)

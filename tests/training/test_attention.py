@@ -76,7 +76,7 @@ def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, w
 @pytest.mark.parametrize("key_heads", [1, HEADS])
 def test_equals_a_dense_mask(way, case, window, key_heads, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
-    monkeypatch.setattr(attention, "_takes_flash", lambda query, dropout: way == "flash")
+    monkeypatch.setattr(attention, "_takes_flash", lambda query_NHW, dropout: way == "flash")
     documents, scaling = CASES[case], 0.3
     inputs = tensors(documents.num_tokens, key_heads, torch.float32)
     result, weights = documents_attention(
@@ -99,6 +99,18 @@ def test_bfloat16_on_cpu_stays_bfloat16():
     assert result.dtype == torch.bfloat16
     expected = dense(*(each.float() for each in inputs), visible(documents, None), 0.3)
     torch.testing.assert_close(result.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_autocast_computes_in_float32_on_cpu_and_returns_bfloat16():
+    """Values come in bfloat16, queries and keys in float32, as the rotary embedding leaves them."""
+    documents = CASES["mixed"]
+    query, key, value = tensors(documents.num_tokens, dtype=torch.float32)
+    value = value.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        result, _ = documents_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, documents=documents)
+    assert result.dtype == torch.bfloat16
+    expected = dense(query, key, value.float(), visible(documents, None), 0.3)
+    torch.testing.assert_close(result, expected.bfloat16(), atol=0, rtol=2**-7)
 
 
 def test_dropout_is_applied():
@@ -148,7 +160,7 @@ def test_cuda_kernel_equals_a_dense_mask(case, window):
         torch.randn(1, heads, documents.num_tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
-    assert attention._takes_flash(inputs[0], 0.0)
+    assert attention._takes_flash(inputs[0][0].transpose(0, 1), 0.0)
     result, _ = documents_attention(
         torch.nn.Identity(), *inputs, None, scaling=0.125, sliding_window=window, documents=documents
     )
