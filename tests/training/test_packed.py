@@ -177,6 +177,20 @@ def test_where_the_image_stands_first_the_padded_form_of_training_is_the_same(st
     assert_same_gradients(mine, expected, 1e-5)
 
 
+def test_positions_begin_anew_in_every_document(starcoder):
+    module = module_of(starcoder)
+    _, _, contrast, row = pack_of(module, starcoder[1])
+    documents = row.documents
+    for start, stop in itertools.pairwise(documents.borders):
+        assert row.position_ids[start:stop].tolist() == list(range(stop - start))
+    ends = [stop - start for start, stop in documents.spans]
+    assert row.position_ids[documents.borders[-1] :].tolist() == ends
+    assert row.input_ids[documents.borders[-1] :].tolist() == [module.eos_token_id] * len(contrast.images)
+    texts = [row.input_ids[start:stop].tolist() for start, stop in itertools.pairwise(documents.borders)][5:]
+    assert [text[-1] for text in texts if len(text) > 1] == [module.eos_token_id] * 5
+    assert [len(text) for text in texts].count(1) == 1, "an image without a second hallucinated caption has a stand-in"
+
+
 def document_states(module, row):
     """Last hidden states of each document of the row, and of the readouts together."""
     seen = {}
