@@ -125,4 +125,3 @@ def count_label_tokens(examples: Examples, rows: np.ndarray) -> int:
     """Tokens of `rows` that are learned; the first token of a row has nothing that predicts it."""
     labels = examples.labels.padded(rows, IGNORE_INDEX)
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
-

@@ -14,9 +14,9 @@ Part = Literal["projector", "language_model"]
 class HaclConfig(Config):
     """The contrastive objective beside the generation loss."""
 
-    #: Weight of the objective beside the generation loss; 0 leaves it out. See `training.losses.hacl` for the formulas.
+    #: Weight of the objective beside the generation loss; 0 leaves it out. Its formulas are in `training.losses.hacl`.
     weight: float = Field(default=0.0, ge=0.0)
-    #: constant; linear: the weight rises from 0 over the warm-up and stays; cosine: then it falls to 0 in the last step.
+    #: constant; linear: the weight rises from 0 over the warm-up and stays; cosine: from there it falls to 0.
     weight_schedule: Literal["constant", "linear", "cosine"] = "constant"
     #: Share of the steps over which the weight rises; for linear and cosine.
     weight_warmup_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -47,8 +47,8 @@ class HaclConfig(Config):
     def _check(self) -> HaclConfig:
         if self.weight_schedule == "constant" and self.weight_warmup_ratio:
             raise ValueError(
-                f"weight_warmup_ratio={self.weight_warmup_ratio} needs weight_schedule linear or cosine; constant has no"
-                " warm-up"
+                f"weight_warmup_ratio={self.weight_warmup_ratio} needs weight_schedule=linear or cosine; a constant"
+                " weight has no warm-up"
             )
         if self.weight_schedule == "linear" and not self.weight_warmup_ratio:
             raise ValueError("weight_schedule=linear is a warm-up; give weight_warmup_ratio above 0, or constant")

@@ -90,9 +90,7 @@ def make_contrast(
         return None
     images = images[kept]
     chosen, valid = _turns(examples, images, num_hallucinated if len(examples.hallucinated) else 0, turn)
-    has_truth = valid & truths
-    if valid.size:
-        has_truth &= examples.truths.lengths[chosen] > 0
+    has_truth = valid & truths & (examples.truths.lengths[chosen] > 0)
     truth_slots = np.flatnonzero(has_truth)
     parts = [
         (examples.captions, images),
@@ -129,14 +127,14 @@ def make_preference(
     lies, told = chosen[:, 0], valid[:, 0]
     has_truth = examples.truths.lengths[lies] > 0
     groups = np.where(has_truth, examples.truth_groups[lies], examples.caption_groups[images])
-    rows = np.flatnonzero(told & (examples.captions.lengths[images] > 0) & (groups != examples.hallucinated_groups[lies]))
+    rows = np.flatnonzero(
+        told & (groups != examples.hallucinated_groups[lies])
+    )
     if not len(rows):
         return None
-    others = [_other_image(examples.caption_groups[images], row) for row in rows]
+    others = [_other_image(examples.caption_groups[images], int(row)) for row in rows]
     elsewhere = np.asarray([index for index, other in enumerate(others) if other is not None], dtype=np.int64)
-    true_texts = [
-        answers.truths.at(lies[row]) if has_truth[row] else answers.captions.at(images[row]) for row in rows
-    ]
+    true_texts = [answers.truths.at(lies[row]) if has_truth[row] else answers.captions.at(images[row]) for row in rows]
     texts = [*true_texts, *(answers.hallucinated.at(lies[row]) for row in rows), *(true_texts[at] for at in elsewhere)]
     lengths = np.asarray([len(text) for text in texts])
     prompt_length = len(answers.prompt_ids)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shellv_core.training.losses import contrastive_loss
+from shellv_core.training.losses.hacl import ContrastFeatures, contrastive_loss  # noqa: F401
 
 
 def oracle(v, t, h, temperature, mode, valid, h_valid, group, h_group):

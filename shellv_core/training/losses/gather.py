@@ -90,4 +90,4 @@ def _gathered(tensor: torch.Tensor, world: int) -> torch.Tensor:
 def _gathered_with_gradients(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 
-    return all_gather_single_autograd(tensor.contiguous(), 0, distributed.group.WORLD)
+    return all_gather_single_autograd(tensor.contiguous(), 0, distributed.distributed_c10d._get_default_group())

@@ -28,7 +28,7 @@ margin terms are ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -107,7 +107,7 @@ class ContrastFeatures:
 
     def detached(self) -> ContrastFeatures:
         """The same values without their graph."""
-        return ContrastFeatures(**{name: None if each is None else each.detach() for name, each in vars(self).items()})
+        return replace(self, **{name: each.detach() for name, each in vars(self).items() if each is not None})
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def contrastive_loss(
     start, stop = rows or (0, num_rows)
     device = features.image.device
     targets = torch.arange(start, stop, device=device)
-    images_RD, valid_R = features.image[start:stop], features.valid[start:stop]
+    images_RD = features.image[start:stop]
     own_NN = torch.eye(num_rows, dtype=torch.bool, device=device)
     told_NK = features.hallucinated_valid & features.valid[:, None]
     true_NN = _true_of(features, features.caption_group)
@@ -263,7 +263,7 @@ def _true_of(features: ContrastFeatures, groups: torch.Tensor) -> torch.Tensor:
     if features.truth is not None:
         told = (features.truth_group[:, :, None] == flat) & features.truth_valid[:, :, None]
         same = same | told.any(dim=1)
-    return same.view(-1, *groups.shape)
+    return same.view(len(same), *groups.shape)
 
 
 def _masked(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A preference of true over false captions, as pure functions of summed log-probabilities.
 
-x is an image with a prompt, w the caption that is preferred (the lie's own truth where it has one), l the lie, x' another
-image with the same prompt. With the implicit reward r(y|x) = beta * (log p(y|x) - log p_reference(y|x))::
+x is an image with a prompt, w the caption that is preferred (the lie's own truth where it has one), l the lie, x'
+another image with the same prompt. With the implicit reward r(y|x) = beta * (log p(y|x) - log p_reference(y|x))::
 
     answer = -log sigmoid(r(w|x) - r(l|x))       DPO
     image  = -log sigmoid(r(w|x) - r(w|x'))      the image must matter: the same caption is worth less for another
