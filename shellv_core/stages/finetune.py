@@ -52,7 +52,15 @@ def run(config: FinetuneConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=(
+            "data/conversation.py",
+            "data/samples.py",
+            "data/shards.py",
+            "models",
+            "stages/heads.py",
+            "templates.py",
+            "training",
+        ),
     )
 
 

@@ -1,6 +1,6 @@
 """pretrain_projector: compose a model and train its projector, if asked its language model too, on the training split.
 
-Output: ``model/``, a directory that transformers loads, and, where HACL's contrast was used, ``hacl/heads.safetensors``.
+Output: ``model/``, a directory that transformers loads; where HACL's contrast was used, ``hacl/heads.safetensors`` too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,15 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=(
+            "data/conversation.py",
+            "data/samples.py",
+            "data/shards.py",
+            "models",
+            "stages/heads.py",
+            "templates.py",
+            "training",
+        ),
     )
 
 

@@ -159,8 +159,8 @@ def tokenize_samples(
             conversations.append(conversation)
             image_index.append(image)
         if sample.image is not None:
-            captions.append(sample.caption or "")
-            hallucinated += [item for item in sample.hallucinated_captions if sample.caption]
+            captions.append((sample.caption or "").strip())
+            hallucinated += [item for item in sample.hallucinated_captions if captions[-1]]
             hallucinated_offsets.append(len(hallucinated))
         on_sample()
     if not conversations:

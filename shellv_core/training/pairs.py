@@ -127,9 +127,7 @@ def make_preference(
     lies, told = chosen[:, 0], valid[:, 0]
     has_truth = examples.truths.lengths[lies] > 0
     groups = np.where(has_truth, examples.truth_groups[lies], examples.caption_groups[images])
-    rows = np.flatnonzero(
-        told & (groups != examples.hallucinated_groups[lies])
-    )
+    rows = np.flatnonzero(told & (groups != examples.hallucinated_groups[lies]))
     if not len(rows):
         return None
     others = [_other_image(examples.caption_groups[images], int(row)) for row in rows]
