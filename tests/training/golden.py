@@ -110,10 +110,10 @@ CASES = {
         {"mode": "paired", **TRUTH, "truth_group": [[21], [1]]},
         {"truth": 0.04858735157374206, "image_to_text": 0.43235320072513694, "text_to_image": 0.3132616875182226},
     ),
-    # t2 = (-0.6, 0.8), so v1.t2 / T = -3: i2t = (L(4,-3,0) + L(4,3,3)) / 2 - 4, t2i = (L(4,3) + L(4,-3)) / 2 - 4.
+    # t2 = (-0.6, 0.8), so v1.t2 / T = -3 while v2.t1 / T = 3. Image 2: L(4,3,3) - 4, caption 2: L(4,-3) - 4.
     "unlike in both directions": (
-        {"mode": "paired", "caption": [[0.8, 0.6], [-0.6, 0.8]]},
-        {"image_to_text": 0.2852448609056548, "text_to_image": 0.15708657698599815},
+        {"mode": "paired", "caption": [[0.8, 0.6], [-0.6, 0.8]], "rows": (1, 2), "num_ranks": 2},
+        {"image_to_text": 0.5514447139320513, "text_to_image": 0.0009114664537746009},
     ),
     # m = 0.5: t1.h1 = 0.6 gives 0.5 - 0.4 = 0.1, t2.h2 = 0.96 gives 0.5 - 0.04 = 0.46.
     "margin": ({"mode": "paired", "text_margin": 0.5}, {"text_margin": 0.28}),
