@@ -51,11 +51,7 @@ def gather_features(features: ContrastFeatures) -> tuple[ContrastFeatures, tuple
     if anyone_learns and not floats.requires_grad:
         # The backward pass is collective too.
         floats = floats.detach().requires_grad_()
-    columns = {name: getattr(features, name).view(num_rows, -1).long() for name in (*INTEGERS, *MASKS)}
-    columns = {
-        name: functional.pad(each, (0, 0 if name in ("valid", "caption_group") else slots - num_slots))
-        for name, each in columns.items()
-    }
+    columns = {name: _columns(getattr(features, name), slots) for name in (*INTEGERS, *MASKS)}
     widths = [each.shape[1] for each in columns.values()]
     integers = functional.pad(torch.cat(list(columns.values()), dim=1), (0, 0, 0, longest - num_rows))
 
@@ -79,6 +75,11 @@ def gather_features(features: ContrastFeatures) -> tuple[ContrastFeatures, tuple
     )
     first = sum(counts[: distributed.get_rank()])
     return joined, (first, first + num_rows)
+
+
+def _columns(tensor: torch.Tensor, slots: int) -> torch.Tensor:
+    """Integers or bools of shape (N,) or (N, K) as integers (N, 1) or (N, slots)."""
+    return tensor.long()[:, None] if tensor.ndim == 1 else functional.pad(tensor.long(), (0, slots - tensor.shape[1]))
 
 
 def _gathered(tensor: torch.Tensor, world: int) -> torch.Tensor:
