@@ -130,7 +130,8 @@ def training_step(rows, wrap=lambda module: module):
     batch = make_batch(
         examples, rows, features.gather(batch_images(examples, rows)), processor.image_token_id, 0, 2, truths=True
     )
-    output = wrap(module)(batch)
+    wrapped = wrap(module)
+    output = wrapped(batch)
     (output.contrast.objective(0.5, 0.5) + 0 * output.generation_loss_sum).backward()
     module.remember(output)
     gradients = {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
@@ -150,7 +151,7 @@ def work(rank: int, folder: str) -> None:
         "some": gradients_of_some(rank),
         "nothing": len(gather.gather_features(ContrastFeatures.of(empty, empty, empty.view(0, 0, 5)))[0].image),
         "step": training_step(
-            CONVERSATIONS[rank], lambda module: DistributedDataParallel(module, broadcast_buffers=False)
+            CONVERSATIONS[rank], lambda module: DistributedDataParallel(module, forward_sync_buffers=False)
         ),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -84,11 +84,11 @@ def _columns(tensor: torch.Tensor, slots: int) -> torch.Tensor:
 
 def _gathered(tensor: torch.Tensor, world: int) -> torch.Tensor:
     result = tensor.new_empty((world * len(tensor), *tensor.shape[1:]))
-    distributed.all_gather_into_tensor(result, tensor.contiguous())
+    distributed.all_gather_single(result, tensor.contiguous())
     return result
 
 
 def _gathered_with_gradients(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 
-    return all_gather_single_autograd(tensor.contiguous(), 0, distributed.distributed_c10d._get_default_group())
+    return all_gather_single_autograd(tensor.contiguous(), 0, distributed.group.WORLD)
