@@ -6,6 +6,8 @@ training takes, the gradients of one process with the joined batch.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import distributed
 from torch.nn import functional
@@ -91,4 +93,4 @@ def _gathered(tensor: torch.Tensor, world: int) -> torch.Tensor:
 def _gathered_with_gradients(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 
-    return all_gather_single_autograd(tensor.contiguous(), 0, distributed.group.WORLD)
+    return all_gather_single_autograd(tensor.contiguous(), 0, cast(distributed.ProcessGroup, distributed.group.WORLD))
