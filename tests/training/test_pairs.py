@@ -132,7 +132,7 @@ ENDS = "np.maximum(np.concatenate([each.lengths[rows] for each, rows in parts]) 
 @pytest.mark.parametrize(
     "fault",
     [
-        "np.concatenate([np.full(len(rows), max(e.lengths[r].max(initial=0) for e, r in parts) - 1) for _, rows in parts])",
+        "np.concatenate([np.full(len(r), max(e.lengths[i].max(initial=0) for e, i in parts) - 1) for _, r in parts])",
         "np.concatenate([np.full(len(rows), parts[0][0].lengths[parts[0][1][0]] - 1) for _, rows in parts])",
         "np.maximum(np.concatenate([each.lengths[rows] for each, rows in parts]) - 2, 0)",
     ],
@@ -264,8 +264,9 @@ def test_answers_are_what_the_template_lets_learn(trained, template):
 
     tokenizer = copy.deepcopy(trained.tokenizer)
     add_template_tokens(tokenizer, TEMPLATES[template])
+    given = [replace(each, more_conversations=(), conversations=each.conversations[:2]) for each in samples()[:3]]
     examples = tokenize_samples(
-        samples(), tokenizer, trained.image_token_id, 4, 256, template=TEMPLATES[template], prompt=PROMPT
+        given, tokenizer, trained.image_token_id, 4, 256, template=TEMPLATES[template], prompt=PROMPT
     )
     talk = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": samples()[1].caption}]
     ids, labels = encode_conversation(tokenizer, talk, trained.image_token_id, 4, 256, TEMPLATES[template])
@@ -334,11 +335,12 @@ def test_preference_reaches_what_is_trained_and_leaves_the_reference(trained, au
     add_lora(module.model, LoraConfig(r=2, dropout=0.3), seed=1)
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.train()
+    modes = [each.training for each in module.modules()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = module(trained.batch([0, 2, 12], preference=True))
     output.preference.objective(1.0, 1.0).backward()
     assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == trainable
-    assert all(each.training for each in module.modules())
+    assert [each.training for each in module.modules()] == modes
     moved = {
         name for name, parameter in module.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
