@@ -295,8 +295,23 @@ def test_a_queue_changes_what_is_learned(parts, tmp_path):
         run(parts, settings, tmp_path / str(size), HaclConfig(weight=0.5, queue_size=size))[2] for size in (0, 11)
     )
     for name in ("image_to_text_loss", "text_to_image_loss"):
-        assert queued[1][name] == plain[1][name]
-        assert queued[2][name] > plain[2][name] + 0.1
+        assert queued[1][name] == pytest.approx(plain[1][name], rel=1e-5)
+        assert queued[2][name] > plain[2][name] + 1e-3
+
+
+@pytest.mark.parametrize("start", [0.45, 0.05])
+def test_temperature_stays_within_its_range(parts, tmp_path, start):
+    """With steps of about 1, it would leave the range at once."""
+    settings = config(max_steps=2, log_every_steps=1, warmup_ratio=0.0)
+    module = module_of(parts, settings, HaclConfig(weight=1.0, learning_rate=1.0))
+    with torch.no_grad():
+        module.heads.temperature.fill_(start)
+    logged = []
+    train(
+        module, parts[2], parts[3], settings, 0, tmp_path, lambda metrics, step: logged.append(metrics["temperature"])
+    )
+    assert logged[0] in (pytest.approx(0.001), pytest.approx(0.5))
+    assert all(0.001 - 1e-9 <= each <= 0.5 for each in logged)
 
 
 def test_weight_follows_its_schedule(parts, tmp_path):
