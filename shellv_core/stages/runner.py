@@ -39,7 +39,7 @@ TRAINING_CODE = (
             "shards",
         )
     ),
-    "models", "templates.py", "training",
+    "models", "stages/heads.py", "templates.py", "training",
 )  # fmt: skip
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "pillow", "mlflow-skinny")
 

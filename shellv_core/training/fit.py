@@ -14,6 +14,7 @@ from transformers import LlavaProcessor
 from shellv_core.config import fingerprint
 from shellv_core.data.samples import Sample, sample_conversations
 from shellv_core.data.shards import count_samples, read_shards, split_shards
+from shellv_core.logs import get_logger
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.progress import Progress
 from shellv_core.storage import InputDirectory
@@ -26,6 +27,7 @@ from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
 
+logger = get_logger(__name__)
 NO_IMAGES = torch.zeros(0, 0, 0)
 
 
@@ -98,7 +100,9 @@ def _load(
             config.tasks,
             counter.update,
             template_of(processor),
+            module.preference.prompt if module.preference.weight else None,
         )
+    _warn_of_idle_objectives(module, examples)
 
     def images() -> Iterator[bytes]:
         return image_bytes(data.read())
@@ -109,6 +113,14 @@ def _load(
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return examples, cached_features(images, examples.num_images, data.identity, module.model, processor, dtype)
     return examples, LiveFeatures(images(), work / "images.bin", module.model, processor)
+
+
+def _warn_of_idle_objectives(module: TrainingModel, examples: Examples) -> None:
+    if module.heads is not None and not examples.captions.lengths.any():
+        logger.warning("hacl.weight=%s has no effect: no image has a caption.", module.hacl.weight)
+    if module.preference.weight and not len(examples.hallucinated):
+        weight = module.preference.weight
+        logger.warning("preference.weight=%s has no effect: no caption has hallucinated captions.", weight)
 
 
 def _align(
@@ -144,3 +156,5 @@ def tokenizer_texts(samples: Iterable[Sample], template: Template = TEMPLATES[DE
             yield sample.caption
         for item in sample.hallucinated_captions:
             yield item.text
+            if item.truth:
+                yield item.truth

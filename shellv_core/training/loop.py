@@ -31,9 +31,12 @@ from shellv_core.training.batches import (
     steps_per_epoch,
 )
 from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
-from shellv_core.training.config import TrainingConfig
-from shellv_core.training.examples import Examples
+from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
+from shellv_core.training.losses.hacl import ContrastResult
+from shellv_core.training.losses.preference import PreferenceResult
+from shellv_core.training.losses.schedule import weight_factor
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
 
@@ -166,7 +169,7 @@ def train_from(
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = feed.total
-    identity = fingerprint(config, seed, total, feed.identity)
+    identity = fingerprint(config, module.hacl, module.preference, seed, total, feed.identity)
     checkpoint_directory.mkdir(parents=True, exist_ok=True)
     first, position = load_checkpoint(checkpoint_directory, module, optimizer, identity)
     if first:
@@ -179,7 +182,7 @@ def train_from(
         for step, data in enumerate(feed.steps(first, position), start=first + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-            meter.add(_step(module, data, config, optimizer, step, meter))
+            meter.add(_step(module, data, config, optimizer, step, total, meter))
             rates = meter.rates(feed.seconds_waited())
             counter.update(1, loss=meter.recent[-1]["loss"], **_shown(rates))
             if step % config.log_every_steps == 0 or step == total:
@@ -258,10 +261,14 @@ def _step(
     config: TrainingConfig,
     optimizer: torch.optim.Optimizer,
     step: int,
+    total: int,
     meter: _Meter,
 ) -> dict[str, float]:
     device = module.model.device
+    hacl = module.hacl
+    contrast_weight = hacl.weight * weight_factor(step, total, hacl.weight_schedule, hacl.weight_warmup_ratio)
     totals: dict[str, float] = {}
+    margins = np.zeros((2, len(TYPES)))
     optimizer.zero_grad(set_to_none=True)
     for batch, share in data.parts:
         with precision(config.precision == "bf16", device):
@@ -269,14 +276,18 @@ def _step(
         losses = {"generation_loss": output.generation_loss_sum / max(data.num_labels, 1)}
         loss = losses["generation_loss"]
         if output.contrast is not None:
-            contrast = output.contrast
-            loss = loss + module.hacl.weight * share * contrast.loss
-            losses["image_to_text_loss"] = share * contrast.image_to_text
-            losses["text_to_image_loss"] = share * contrast.text_to_image
-            losses["retrieval_accuracy"] = share * contrast.retrieval_accuracy
-            losses["hallucination_margin"] = share * contrast.hallucination_margin
-            losses["hallucination_accuracy"] = share * contrast.hallucination_accuracy
+            loss = loss + contrast_weight * share * output.contrast.objective(
+                hacl.truth_weight, hacl.text_margin_weight
+            )
+            losses |= {key: share * value for key, value in _contrast_metrics(output.contrast, hacl).items()}
+            margins += [output.contrast.margin_sums.tolist(), output.contrast.margin_counts.tolist()]
+        if output.preference is not None:
+            preference = module.preference
+            objective = output.preference.objective(preference.image_weight, preference.anchor_weight)
+            loss = loss + preference.weight * share * objective
+            losses |= {key: share * value for key, value in _preference_metrics(output.preference).items()}
         loss.backward()
+        module.remember(output)
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
@@ -291,7 +302,39 @@ def _step(
     optimizer.step()
     if module.heads is not None:
         module.heads.clamp_temperature()
+        totals["temperature"] = float(module.heads.temperature.detach())
+    if module.queue is not None:
+        totals["queue_fill"] = module.queue.fill()
+    for name, margin_sum, count in zip(TYPES, *margins, strict=True):
+        if count:
+            totals[f"hallucination_margin_{name}"] = margin_sum / count
     return totals
+
+
+def _contrast_metrics(contrast: ContrastResult, hacl: HaclConfig) -> dict[str, torch.Tensor]:
+    metrics = {
+        "image_to_text_loss": contrast.image_to_text,
+        "text_to_image_loss": contrast.text_to_image,
+        "retrieval_accuracy": contrast.retrieval_accuracy,
+        "hallucination_margin": contrast.hallucination_margin,
+        "hallucination_accuracy": contrast.hallucination_accuracy,
+    }
+    if contrast.truth is not None:
+        metrics["truth_loss"] = contrast.truth
+    if hacl.text_margin_weight:
+        metrics["text_margin_loss"] = contrast.text_margin
+    return metrics
+
+
+def _preference_metrics(preference: PreferenceResult) -> dict[str, torch.Tensor]:
+    return {
+        "preference_loss": preference.answer,
+        "preference_image_loss": preference.image,
+        "preference_anchor_loss": preference.anchor,
+        "reward_margin": preference.reward_margin,
+        "image_reward_margin": preference.image_reward_margin,
+        "preference_accuracy": preference.accuracy,
+    }
 
 
 def _shown(rates: dict[str, float]) -> dict[str, float]:
@@ -358,4 +401,6 @@ class PaddedFeed:
             module.model.generation_config.pad_token_id,
             module.hacl.num_hallucinated if module.heads is not None else None,
             turn,
+            module.hacl.truth_weight > 0,
+            module.preference.weight > 0,
         )

@@ -25,15 +25,12 @@ from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.data.loader import NO_IMAGE, PackedBatch
 from shellv_core.errors import TrainingError
 from shellv_core.training.attention import ATTENTION_NAME, Documents
-from shellv_core.training.batches import ContrastBatch, make_contrast
 from shellv_core.training.cross_entropy import chunked_cross_entropy
-from shellv_core.training.examples import Examples, Ragged, encode_texts, text_groups
-from shellv_core.training.losses import ContrastiveResult, contrastive_loss
+from shellv_core.training.examples import TYPES, Examples, Ragged, encode_texts, text_groups
+from shellv_core.training.pairs import ContrastBatch, ContrastStates, make_contrast
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from shellv_core.training.model import TrainingModel
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -147,19 +144,18 @@ def make_row(
 
 
 def pack_contrast(
-    pack: PackedBatch, tokenizer: PreTrainedTokenizerBase, num_hallucinated: int, turn: int
+    pack: PackedBatch, tokenizer: PreTrainedTokenizerBase, num_hallucinated: int, turn: int, truths: bool = False
 ) -> ContrastBatch | None:
     """The contrast of a pack's images that have a caption; None if none has.
 
     Args:
         turn: decides, with the image's place in the pack, which of its hallucinated captions come now.
+        truths: take the hallucinated captions' own truths along.
     """
     captions = [caption or "" for caption in pack.captions]
-    lies = [
-        [item.text for item in items] if caption else []
-        for caption, items in zip(captions, pack.hallucinated, strict=True)
-    ]
-    texts = [text for each in lies for text in each]
+    lies = [items if caption else () for caption, items in zip(captions, pack.hallucinated, strict=True)]
+    every = [item for items in lies for item in items]
+    told, true = [item.text for item in every], [item.truth for item in every]
     nothing = np.zeros(0, dtype=np.int64)
     examples = Examples(
         input_ids=Ragged.of([]),
@@ -167,21 +163,23 @@ def pack_contrast(
         image_index=nothing,
         captions=Ragged.of(encode_texts(tokenizer, captions)),
         caption_groups=text_groups(captions),
-        hallucinated=Ragged.of(encode_texts(tokenizer, texts)),
-        hallucinated_groups=text_groups(texts),
+        hallucinated=Ragged.of(encode_texts(tokenizer, told)),
+        hallucinated_groups=text_groups(told),
         hallucinated_offsets=np.cumsum([0, *map(len, lies)], dtype=np.int64),
+        hallucinated_types=np.asarray([TYPES.index(item.type) for item in every], dtype=np.int64),
+        truths=Ragged.of(encode_texts(tokenizer, true)),
+        truth_groups=text_groups(true),
     )
     # The padding is cut off again.
-    return make_contrast(examples, np.arange(len(captions)), 0, num_hallucinated, turn)
+    return make_contrast(examples, np.arange(len(captions)), 0, num_hallucinated, turn, truths)
 
 
-def forward_packed(module: TrainingModel, row: PackedRow) -> tuple[torch.Tensor, ContrastiveResult | None]:
-    """The sum of the generation loss over the row's labels, and the contrast.
+def forward_packed(model: LlavaForConditionalGeneration, row: PackedRow) -> tuple[torch.Tensor, ContrastStates | None]:
+    """The sum of the generation loss over the row's labels, and the states of its contrast.
 
     Raises:
         TrainingError: outside of `attention.documents_apart`.
     """
-    model = module.model
     language_model = model.model.language_model
     if language_model.config._attn_implementation != ATTENTION_NAME:
         raise TrainingError(
@@ -201,22 +199,9 @@ def forward_packed(module: TrainingModel, row: PackedRow) -> tuple[torch.Tensor,
         use_cache=False,
     ).last_hidden_state[0]
     loss = chunked_cross_entropy(hidden_NH[row.label_positions], model.lm_head, row.label_ids, row.loss_chunk)
-    if module.heads is None or row.contrast is None or row.readouts is None:
+    if row.readouts is None:
         return loss, None
-    batch = row.contrast
-    num_images, num_hallucinated = batch.hallucinated_valid.shape
-    texts = module.heads.embed_texts(hidden_NH[row.readouts.texts])
-    contrast = contrastive_loss(
-        module.heads.embed_images(hidden_NH[row.readouts.images]),
-        texts[:num_images],
-        texts[num_images:].view(num_images, num_hallucinated, texts.shape[-1]),
-        module.heads.temperature,
-        module.hacl.negatives,
-        hallucinated_valid=batch.hallucinated_valid,
-        caption_group=batch.caption_groups,
-        hallucinated_group=batch.hallucinated_groups,
-    )
-    return loss, contrast
+    return loss, ContrastStates(hidden_NH[row.readouts.images], hidden_NH[row.readouts.texts])
 
 
 def _texts(contrast: ContrastBatch) -> list[np.ndarray]:

@@ -23,12 +23,12 @@ from shellv_core.models.compose import num_image_tokens
 from shellv_core.storage import InputDirectory
 from shellv_core.templates import template_of
 from shellv_core.training.attention import documents_apart
-from shellv_core.training.batches import ContrastBatch
 from shellv_core.training.config import TrainingConfig
 from shellv_core.training.features import tower_features
 from shellv_core.training.loop import StepData, precision
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row, pack_contrast
+from shellv_core.training.pairs import ContrastBatch
 
 
 class PackedFeed:
@@ -71,8 +71,10 @@ class PackedFeed:
     def _parts(self, packs: list[PackedBatch], turn: int) -> Iterator[tuple[PackedRow, float]]:
         contrasts: list[ContrastBatch | None] = [None] * len(packs)
         if self.module.heads is not None:
-            num_hallucinated = self.module.hacl.num_hallucinated
-            contrasts = [pack_contrast(pack, self.processor.tokenizer, num_hallucinated, turn) for pack in packs]
+            hacl, tokenizer = self.module.hacl, self.processor.tokenizer
+            contrasts = [
+                pack_contrast(pack, tokenizer, hacl.num_hallucinated, turn, hacl.truth_weight > 0) for pack in packs
+            ]
         counts = [0 if contrast is None else len(contrast.images) for contrast in contrasts]
         for pack, contrast, count in zip(packs, contrasts, counts, strict=True):
             yield self._row(pack, contrast), count / max(sum(counts), 1)
@@ -107,11 +109,16 @@ def packed_feed(
     """A feed of the packs of a split.
 
     Raises:
-        ConfigError: if there is no source of shards.
+        ConfigError: if there is no source of shards, or a preference is to be learned, which has no packed form.
         DataError: if the split has no index or cannot be encoded.
     """
     if source is None:
         raise ConfigError("training.packing=true reads shards of prepare_data; there are none here. Set it to false.")
+    if module.preference.weight:
+        raise ConfigError(
+            f"preference.weight={module.preference.weight} does not go together with training.packing=true; set"
+            " training.packing=false or preference.weight=0."
+        )
     encoder = ConversationEncoder(
         processor.tokenizer,
         module.model.config.image_token_id,

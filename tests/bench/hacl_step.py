@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from shellv_core.training.attention import documents_apart
-from shellv_core.training.batches import ContrastBatch
 from shellv_core.training.packed import make_row
+from shellv_core.training.pairs import ContrastBatch
 from tests.bench.models import (
     EOS_TOKEN,
     FIRST_TEXT_TOKEN,
@@ -46,6 +46,10 @@ def random_contrast(captions: Sequence[int], vocabulary: int, seed: int = 0) -> 
         caption_groups=torch.arange(count),
         hallucinated_groups=torch.arange(count)[:, None] + count,
         hallucinated_valid=torch.ones(count, 1, dtype=torch.bool),
+        hallucinated_types=torch.zeros(count, 1, dtype=torch.int64),
+        truth_slots=torch.zeros(0, dtype=torch.int64),
+        truth_valid=torch.zeros(count, 1, dtype=torch.bool),
+        truth_groups=torch.zeros(count, 1, dtype=torch.int64),
     )
 
 
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def padded(name, contrast, module=module, losses=losses):
             module.zero_grad(set_to_none=True)
             loss, result = padded_passes(module, pack, features, contrast)
-            loss = loss if result is None else loss + result.loss
+            loss = loss if result is None else loss + result.objective(0.5)
             loss.backward()
             losses[name] = float(loss.detach())
 
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with documents_apart(module.model.model.language_model):
                 output = module(row)
                 loss = output.generation_loss_sum
-                loss = loss if output.contrast is None else loss + output.contrast.loss
+                loss = loss if output.contrast is None else loss + output.contrast.objective(0.5)
                 loss.backward()
             losses[name] = float(loss.detach())
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from shellv_core.data.loader import NO_IMAGE, PackedBatch
 from shellv_core.data.packing import document_layout
 from shellv_core.data.samples import HallucinatedCaption
-from shellv_core.training.losses import contrastive_loss
+from shellv_core.training.losses.hacl import ContrastFeatures, contrastive_loss
 
 IMAGE_SIZE = 28
 WORDS = ["a red bus", "the dog runs", "two cats", "a street and the sky", "blue", "he holds a lamp", "no one is there"]
@@ -59,7 +59,11 @@ def random_pack(
         captions=tuple(captions),
         hallucinated=tuple(
             tuple(
-                HallucinatedCaption("object", f"{caption} and {WORDS[(number + slot + 3) % len(WORDS)]}")
+                HallucinatedCaption(
+                    "object",
+                    f"{caption} and {WORDS[(number + slot + 3) % len(WORDS)]}",
+                    truth=f"{caption} there" if number == slot == 0 else "",
+                )
                 for slot in range(2 - number % 2)
             )
             for number, caption in enumerate(captions)
@@ -118,14 +122,23 @@ def padded_passes(module, pack, features, contrast=None):
             hidden = language_model(texts)
             states.append(hidden[range(len(texts)), [len(text) - 1 for text in texts]])
     texts = module.heads.embed_texts(torch.cat(states))
-    result = contrastive_loss(
+    slots, width = contrast.hallucinated_valid.shape[1], texts.shape[-1]
+    lies_end = num_images * (1 + slots)
+    truth = None
+    if len(contrast.truth_slots):
+        truth = texts.new_zeros(num_images * slots, width)
+        truth = truth.index_copy(0, contrast.truth_slots, texts[lies_end:]).view(num_images, slots, width)
+    features = ContrastFeatures.of(
         module.heads.embed_images(readouts),
         texts[:num_images],
-        texts[num_images:].view(num_images, -1, texts.shape[-1]),
-        module.heads.temperature,
-        module.hacl.negatives,
+        texts[num_images:lies_end].view(num_images, slots, width),
         hallucinated_valid=contrast.hallucinated_valid,
         caption_group=contrast.caption_groups,
         hallucinated_group=contrast.hallucinated_groups,
+        hallucinated_type=contrast.hallucinated_types,
+        truth=truth,
+        truth_valid=contrast.truth_valid,
+        truth_group=contrast.truth_groups,
     )
+    result = contrastive_loss(features, module.heads.temperature, module.hacl.negatives)
     return torch.stack(losses).sum(), result

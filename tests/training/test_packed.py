@@ -61,7 +61,7 @@ def pack_of(module, processor, **options):
     settings = processor.image_processor
     pixel_values = normalize(pack.images, settings.image_mean, settings.image_std)
     features = tower_features(module.model, pixel_values) if len(pack.images) else None
-    contrast = pack_contrast(pack, processor.tokenizer, 2, turn=1) if module.heads is not None else None
+    contrast = pack_contrast(pack, processor.tokenizer, 2, turn=1, truths=True) if module.heads is not None else None
     row = make_row(pack, features, config.image_token_id, module.eos_token_id, contrast, loss_chunk=5)
     return pack, features, contrast, row
 
@@ -69,7 +69,7 @@ def pack_of(module, processor, **options):
 def packed(module, row):
     with documents_apart(module.model.model.language_model):
         output = module(row)
-        total = output.generation_loss_sum + (0 if output.contrast is None else output.contrast.loss)
+        total = output.generation_loss_sum + (0 if output.contrast is None else output.contrast.objective(0.5))
         total.backward()
     return output, gradients(module)
 
@@ -96,11 +96,11 @@ def test_one_packed_pass_equals_four_padded_passes(built, lora):
     module = module_of(built, lora)
     pack, features, contrast, row = pack_of(module, built[1])
     loss, result = padded_passes(module, pack, features, contrast)
-    (loss + result.loss).backward()
+    (loss + result.objective(0.5)).backward()
     expected = gradients(module)
     output, mine = packed(module, row)
     assert relative(output.generation_loss_sum, loss) < 1e-5
-    for name in ("image_to_text", "text_to_image", "hallucination_margin"):
+    for name in ("image_to_text", "text_to_image", "truth", "hallucination_margin"):
         assert relative(getattr(output.contrast, name), getattr(result, name)) < 1e-5, name
     assert_same_gradients(mine, expected, 1e-5)
     assert any("multi_modal_projector" in name for name in mine)
@@ -169,11 +169,11 @@ def test_where_the_image_stands_first_the_padded_form_of_training_is_the_same(st
         borders[-1], contrast,
     )  # fmt: skip
     expected_output = module(batch)
-    (expected_output.generation_loss_sum + expected_output.contrast.loss).backward()
+    (expected_output.generation_loss_sum + expected_output.contrast.objective(0.5)).backward()
     expected = gradients(module)
     output, mine = packed(module, row)
     assert relative(output.generation_loss_sum, expected_output.generation_loss_sum) < 1e-5
-    assert relative(output.contrast.loss, expected_output.contrast.loss) < 1e-5
+    assert relative(output.contrast.objective(0.5), expected_output.contrast.objective(0.5)) < 1e-5
     assert_same_gradients(mine, expected, 1e-5)
 
 
@@ -187,7 +187,7 @@ def test_positions_begin_anew_in_every_document(starcoder):
     assert row.position_ids[documents.borders[-1] :].tolist() == ends
     assert row.input_ids[documents.borders[-1] :].tolist() == [module.eos_token_id] * len(contrast.images)
     texts = [row.input_ids[start:stop].tolist() for start, stop in itertools.pairwise(documents.borders)][5:]
-    assert [text[-1] for text in texts if len(text) > 1] == [module.eos_token_id] * 5
+    assert [text[-1] for text in texts if len(text) > 1] == [module.eos_token_id] * 6
     assert [len(text) for text in texts].count(1) == 1, "an image without a second hallucinated caption has a stand-in"
 
 

@@ -15,7 +15,7 @@ from shellv_core.models.lora import add_lora
 from shellv_core.stages import finetune, merge_lora, pretrain_projector
 from shellv_core.storage import InputDirectory
 from shellv_core.training.batches import count_label_tokens
-from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
+from shellv_core.training.config import AlignmentConfig, HaclConfig, PreferenceConfig, TrainingConfig
 from shellv_core.training.examples import tokenize_samples
 from shellv_core.training.fit import TrainingData, fit
 from shellv_core.training.loop import set_trainable, train_from
@@ -59,7 +59,7 @@ def data(folder, project_folder):
 def fresh(settings, hacl=True, lora=True):
     model, processor = tiny_model(CLIP, samples=SAMPLES)
     torch.manual_seed(0)
-    module = TrainingModel(model, HaclHeads(32) if hacl else None, HaclConfig(weight=0.5))
+    module = TrainingModel(model, HaclHeads(32) if hacl else None, HaclConfig(weight=0.5, queue_size=32))
     set_trainable(module, settings)
     if lora:
         add_lora(model, LoraConfig(r=2, dropout=0.2))
@@ -176,6 +176,14 @@ def test_settings_that_contradict_are_refused(tmp_path, project_folder):
     module, processor = fresh(settings)
     with pytest.raises(ConfigError, match="there are none here"):
         fit(module, processor, TrainingData(tiny_samples, 9, "tiny"), settings, 0, tmp_path, print, "test")
+
+
+def test_a_preference_is_refused(data, tmp_path):
+    settings = config()
+    module, processor = fresh(settings)
+    module.preference = PreferenceConfig(weight=0.5)
+    with pytest.raises(ConfigError, match=r"preference.weight=0.5 does not go together with training.packing=true"):
+        fit(module, processor, data, settings, 0, tmp_path, print, "test")
 
 
 def test_both_stages_train_from_packs(folder, tmp_path, project_folder):
