@@ -56,10 +56,10 @@ def data(folder, project_folder):
     return TrainingData.of(InputDirectory(folder.uri), "train")
 
 
-def fresh(settings, hacl=True, lora=True):
+def fresh(settings, hacl=True, lora=True, queue=0):
     model, processor = tiny_model(CLIP, samples=SAMPLES)
     torch.manual_seed(0)
-    module = TrainingModel(model, HaclHeads(32) if hacl else None, HaclConfig(weight=0.5, queue_size=32))
+    module = TrainingModel(model, HaclHeads(32) if hacl else None, HaclConfig(weight=0.5, queue_size=queue))
     set_trainable(module, settings)
     if lora:
         add_lora(model, LoraConfig(r=2, dropout=0.2))
@@ -93,7 +93,7 @@ def test_an_epoch_of_packs_learns_every_label_once(data):
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, stop):
-    """In the middle of an epoch and beyond its end, with adapters, dropout and the contrastive objective."""
+    """In the middle of an epoch and beyond its end, with adapters, dropout, the contrastive objective and its queue."""
     settings = config(max_steps=4, global_batch_size=18, pack_tokens=400)
 
     class Killed(Exception):
@@ -103,10 +103,11 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, stop):
         if step > stop:
             raise Killed
 
-    expected, _ = run(data, tmp_path / "whole", settings)
+    expected, _ = run(data, tmp_path / "whole", settings, queue=32)
     with pytest.raises(Killed):
-        run(data, tmp_path / "cut", settings, killer)
-    resumed, _ = run(data, tmp_path / "cut", settings)
+        run(data, tmp_path / "cut", settings, killer, queue=32)
+    resumed, _ = run(data, tmp_path / "cut", settings, queue=32)
+    assert expected["queue.texts.count"] == 32
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     module, processor = fresh(settings)
     with packed_feed(module, processor, data.source, "train", settings, 0) as feed:
