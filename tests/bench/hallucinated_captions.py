@@ -42,7 +42,7 @@ def run(path: Path, seed: int) -> dict:
     config = HallucinationConfig(seed=seed)
     generator = build_generator(config)
     start = time.process_time()
-    state = generator.fit(captions)
+    state = generator.fit(captions, complete=True)
     fit_seconds = time.process_time() - start
     counts = RewriteCounts()
     start = time.process_time()
@@ -89,7 +89,7 @@ def unbalanced(captions: Sequence[Caption], seed: int) -> Pairs:
     base = HallucinationConfig(seed=seed)
     config = base.model_copy(update={"rules": base.rules.model_copy(update={"num_rounds": 0, "num_batch_rounds": 0})})
     generator = build_generator(config)
-    return pairs_by_type(list(generator.rewrite(captions, generator.fit(captions), RewriteCounts())))
+    return pairs_by_type(list(generator.rewrite(captions, generator.fit(captions, complete=True), RewriteCounts())))
 
 
 def compare(pairs: Pairs, seed: int) -> dict[str, dict]:
