@@ -9,12 +9,13 @@ import shlex
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from shellv_core.cli import main
 from shellv_core.data.config import ROW_SOURCES
+from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.storage import read_manifest
 from shellv_core.templates import TEMPLATES
 from tests.data.photos import photo_like_jpeg
@@ -50,7 +51,8 @@ def test_every_command_works(
 
 
 def test_the_tables_are_complete_and_links_lead_somewhere() -> None:
-    assert re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE) == list(ROW_SOURCES)
+    generators = get_args(HallucinationConfig.model_fields["generator"].annotation)
+    assert re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE) == [*ROW_SOURCES, *generators]
     for name in TEMPLATES:
         assert f"`{name}`" in DOCUMENT
     for path in re.findall(r"\]\((?!http)([^)]+)\)", DOCUMENT):
