@@ -6,6 +6,7 @@ They live beside the model in a file of their own and are not part of an exporte
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,27 +18,33 @@ from shellv_core.errors import ModelError
 
 INITIAL_TEMPERATURE = 0.07
 TEMPERATURE_RANGE = (0.001, 0.5)
+HeadKind = Literal["linear", "none"]
 
 
 class HaclHeads(nn.Module):
-    """Two linear heads, hidden_size -> hidden_size // 4 with bias, and a learned temperature.
+    """Two linear heads, hidden_size -> hidden_size // 4 with bias, or none, and a learned temperature.
+
+    Args:
+        kind: "none" compares the hidden states themselves, as the paper does.
 
     Source: X-PLUG/mPLUG-HalOwl@63863fc hacl/llava/model/llava_arch.py (vision_projector, text_projector, itc_temp).
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, kind: HeadKind = "linear") -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        self.vision_projector = nn.Linear(hidden_size, hidden_size // 4)
-        self.text_projector = nn.Linear(hidden_size, hidden_size // 4)
+        self.hidden_size, self.kind = hidden_size, kind
+        self.output_size = hidden_size // 4 if kind == "linear" else hidden_size
+        self.vision_projector, self.text_projector = (
+            nn.Linear(hidden_size, self.output_size) if kind == "linear" else nn.Identity() for _ in range(2)
+        )
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
 
     def embed_images(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map (..., hidden_size) to normalized float32 (..., hidden_size // 4)."""
+        """Map (..., hidden_size) to normalized float32 (..., output_size)."""
         return functional.normalize(self.vision_projector(hidden_states).float(), dim=-1)
 
     def embed_texts(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map (..., hidden_size) to normalized float32 (..., hidden_size // 4)."""
+        """Map (..., hidden_size) to normalized float32 (..., output_size)."""
         return functional.normalize(self.text_projector(hidden_states).float(), dim=-1)
 
     @torch.no_grad()
@@ -49,7 +56,7 @@ class HaclHeads(nn.Module):
 def save_heads(heads: HaclHeads, path: Path) -> None:
     """Write the heads as safetensors."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
-    save_file(tensors, path, metadata={"hidden_size": str(heads.hidden_size)})
+    save_file(tensors, path, metadata={"hidden_size": str(heads.hidden_size), "kind": heads.kind})
 
 
 def load_heads(path: Path) -> HaclHeads:
@@ -60,7 +67,9 @@ def load_heads(path: Path) -> HaclHeads:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            heads = HaclHeads(int((file.metadata() or {})["hidden_size"]))
+            metadata = file.metadata() or {}
+            kind: HeadKind = "none" if metadata.get("kind") == "none" else "linear"
+            heads = HaclHeads(int(metadata["hidden_size"]), kind)
             heads.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise ModelError(

@@ -1,6 +1,6 @@
-"""finetune: train LoRA adapters and the projector with the generation loss and HACL's contrastive objective.
+"""finetune: train LoRA adapters and the projector with the generation loss, HACL's contrast and a preference.
 
-Output: ``adapter/`` and, where the objective was used, ``hacl/heads.safetensors``. Without LoRA the whole model is
+Output: ``adapter/`` and, where the contrast was used, ``hacl/heads.safetensors``. Without LoRA the whole model is
 trained and the output is ``model/``.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from shellv_core.models.config import LoraConfig
+from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
-from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 
 
 class FinetuneConfig(StageConfig):
@@ -20,13 +21,17 @@ class FinetuneConfig(StageConfig):
         data_uri: output of prepare_data.
         model_uri: output of pretrain_projector.
         lora: adapters on the language model; null trains its own weights.
-        hacl: the contrastive objective; ``hacl.weight=0`` is the plain baseline.
+        hacl: the contrastive objective; ``hacl.weight=0`` is the plain baseline. Heads that pretraining trained are
+            trained on.
+        preference: captions preferred over hallucinated captions; off by default. Its reference is the model before
+            this stage: the same one without its adapters, or without LoRA a frozen copy of what is trained.
     """
 
     data_uri: str = ""
     model_uri: str = ""
     lora: LoraConfig | None = LoraConfig()
     hacl: HaclConfig = HaclConfig(weight=0.5)
+    preference: PreferenceConfig = PreferenceConfig()
     training: TrainingConfig = TrainingConfig(
         global_batch_size=128, trainable=("projector", "language_model"), projector_learning_rate=2e-5
     )
@@ -47,29 +52,32 @@ def run(config: FinetuneConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=(
+            "data/conversation.py",
+            "data/samples.py",
+            "data/shards.py",
+            "models",
+            "stages/heads.py",
+            "templates.py",
+            "training",
+        ),
     )
 
 
 def _body(run: StageRun[FinetuneConfig]) -> None:
-    import torch
-
     from shellv_core.models.compose import load_model, save_model
-    from shellv_core.models.hacl import HaclHeads, save_heads
     from shellv_core.models.lora import add_lora, save_adapter
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
-    from shellv_core.training.model import TrainingModel
+    from shellv_core.training.model import TrainingModel, frozen_copy
 
     config, data = run.config, TrainingData.of(run.inputs["data"], "train")
     model, processor = load_model(run.inputs["model"].fetch_tree("model/"))
-    heads = None
-    if config.hacl.weight:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            heads = HaclHeads(model.lm_head.in_features)
-    module = TrainingModel(model, heads, config.hacl)
+    heads = start_heads(config.hacl, model, config.seed, run.inputs["model"])
+    module = TrainingModel(model, heads, config.hacl, config.preference)
     set_trainable(module, config.training)
+    if config.preference.weight and not config.lora:
+        module.reference = frozen_copy(model)
     adapted = None
     if config.lora:
         adapted = add_lora(model, config.lora, "projector" in config.training.trainable, config.seed)
@@ -90,9 +98,6 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     else:
         save_adapter(adapted, run.work / "adapter", run.inputs["model"].uri)
         run.output.put_tree(run.work / "adapter", "adapter")
-    if heads is not None:
-        path = run.work / "heads.safetensors"
-        save_heads(heads, path)
-        run.output.put_file(path, "hacl/heads.safetensors")
+    put_heads(heads, run)
     run.metrics.update(summary.metrics)
     run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri)

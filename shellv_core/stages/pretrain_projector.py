@@ -1,6 +1,6 @@
 """pretrain_projector: compose a model and train its projector, if asked its language model too, on the training split.
 
-Output: ``model/``, a directory that transformers loads.
+Output: ``model/``, a directory that transformers loads; where HACL's contrast was used, ``hacl/heads.safetensors`` too.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shellv_core.models.config import ModelConfig
+from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
-from shellv_core.training.config import AlignmentConfig, TrainingConfig
+from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -25,11 +26,13 @@ class PretrainProjectorConfig(StageConfig):
     Attributes:
         data_uri: output of prepare_data.
         alignment: align the projector with the caption's words first; for language models without pretraining.
+        hacl: the contrastive objective, off by default; the paper has it in this stage.
     """
 
     data_uri: str = ""
     model: ModelConfig = ModelConfig()
     alignment: AlignmentConfig | None = None
+    hacl: HaclConfig = HaclConfig()
     training: TrainingConfig = TrainingConfig(global_batch_size=256, projector_learning_rate=1e-3)
 
 
@@ -40,7 +43,15 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         config,
         _body,
         inputs={"data": config.data_uri},
-        code=("data/conversation.py", "data/samples.py", "data/shards.py", "models", "templates.py", "training"),
+        code=(
+            "data/conversation.py",
+            "data/samples.py",
+            "data/shards.py",
+            "models",
+            "stages/heads.py",
+            "templates.py",
+            "training",
+        ),
     )
 
 
@@ -58,7 +69,8 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         save_model(model, processor, unfinished)
         unfinished.rename(initial)
     model, processor = load_model(initial)
-    module = TrainingModel(model)
+    heads = start_heads(run.config.hacl, model, run.config.seed)
+    module = TrainingModel(model, heads, run.config.hacl)
     set_trainable(module, training)
     summary = fit(
         module,
@@ -74,6 +86,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
     module.to("cpu")
     save_model(model, processor, run.work / "model")
     run.output.put_tree(run.work / "model", "model")
+    put_heads(heads, run)
     run.metrics.update(summary.metrics)
     run.details["num_steps"] = summary.num_steps
 

@@ -11,33 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.training.examples import NO_IMAGE, Examples
+from shellv_core.training.pairs import ContrastBatch, PreferenceBatch, make_contrast, make_preference
 
 WINDOW_BATCHES = 32
-IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True)
-class ContrastBatch:
-    """What the contrastive objective compares: P images with captions, K hallucinated captions each.
-
-    Attributes:
-        images: (P,) rows of the batch's image features.
-        text_ids: (P + P * K, length), captions first, then each image's hallucinated captions, padded.
-        text_ends: (P + P * K,) position of each text's end-of-text token.
-        caption_groups: (P,); hallucinated_groups, hallucinated_valid: (P, K).
-    """
-
-    images: torch.Tensor
-    text_ids: torch.Tensor
-    text_ends: torch.Tensor
-    caption_groups: torch.Tensor
-    hallucinated_groups: torch.Tensor
-    hallucinated_valid: torch.Tensor
-
-    def to(self, device: torch.device) -> ContrastBatch:
-        """Copy to `device`."""
-        return ContrastBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -62,6 +40,7 @@ class Batch:
     label_ids: torch.Tensor
     num_tokens: int
     contrast: ContrastBatch | None
+    preference: PreferenceBatch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`."""
@@ -103,6 +82,8 @@ def make_batch(
     pad_token_id: int,
     num_hallucinated: int | None = None,
     turn: int = 0,
+    truths: bool = False,
+    preference: bool = False,
 ) -> Batch:
     """Put `rows` into one batch.
 
@@ -111,6 +92,8 @@ def make_batch(
         num_hallucinated: hallucinated captions per image in the contrast; None for no contrast.
         turn: decides, with the image's index, which of its hallucinated captions come now; they take turns as it
             counts up.
+        truths: let the contrast have the hallucinated captions' own truths.
+        preference: add pairs for the preference objective; the examples must hold answers.
     """
     input_ids = examples.input_ids.padded(rows, pad_token_id)
     labels = examples.labels.padded(rows, IGNORE_INDEX)
@@ -133,7 +116,8 @@ def make_batch(
         num_tokens=int(examples.input_ids.lengths[rows].sum()),
         contrast=None
         if num_hallucinated is None
-        else _contrast(examples, images, pad_token_id, num_hallucinated, turn),
+        else make_contrast(examples, images, pad_token_id, num_hallucinated, turn, truths),
+        preference=make_preference(examples, images, image_token_id, pad_token_id, turn) if preference else None,
     )
 
 
@@ -141,39 +125,3 @@ def count_label_tokens(examples: Examples, rows: np.ndarray) -> int:
     """Tokens of `rows` that are learned; the first token of a row has nothing that predicts it."""
     labels = examples.labels.padded(rows, IGNORE_INDEX)
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-def _contrast(
-    examples: Examples, images: np.ndarray, pad_token_id: int, num_hallucinated: int, turn: int
-) -> ContrastBatch | None:
-    kept = np.flatnonzero(examples.captions.lengths[images] > 0)
-    if not len(kept):
-        return None
-    images = images[kept]
-    starts = examples.hallucinated_offsets[images]
-    counts = examples.hallucinated_offsets[images + 1] - starts
-    slots = np.arange(num_hallucinated)[None, :]
-    valid = slots < counts[:, None]
-    # A row without enough hallucinated captions repeats text 0 there, which `valid` leaves out.
-    chosen = np.where(valid, starts[:, None] + (turn + images[:, None] + slots) % np.maximum(counts, 1)[:, None], 0)
-    captions = examples.captions.padded(images, pad_token_id)
-    lengths = examples.captions.lengths[images]
-    if len(examples.hallucinated) and num_hallucinated:
-        others = examples.hallucinated.padded(chosen.reshape(-1), pad_token_id)
-        lengths = np.concatenate([lengths, examples.hallucinated.lengths[chosen.reshape(-1)]])
-        groups = examples.hallucinated_groups[chosen]
-    else:
-        others = np.zeros((0, 0), dtype=np.int64)
-        valid, groups = valid[:, :0], np.zeros((len(images), 0), dtype=np.int64)
-    width = max(captions.shape[1], others.shape[1])
-    text_ids = np.full((len(captions) + len(others), width), pad_token_id, dtype=np.int64)
-    text_ids[: len(captions), : captions.shape[1]] = captions
-    text_ids[len(captions) :, : others.shape[1]] = others
-    return ContrastBatch(
-        images=torch.from_numpy(kept),
-        text_ids=torch.from_numpy(text_ids),
-        text_ends=torch.from_numpy(np.maximum(lengths - 1, 0)),
-        caption_groups=torch.from_numpy(examples.caption_groups[images]),
-        hallucinated_groups=torch.from_numpy(groups),
-        hallucinated_valid=torch.from_numpy(valid),
-    )

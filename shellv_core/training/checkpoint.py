@@ -27,6 +27,8 @@ def save_checkpoint(
         tensors[f"weights.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().contiguous()
+    for name, buffer in _queue(module).items():
+        tensors[f"queue.{name}"] = buffer.contiguous()
     path = directory / FILE_NAME
     unfinished = path.with_suffix(".tmp")
     save_file(tensors, unfinished, metadata={"state": json.dumps({"step": step, "identity": identity})})
@@ -57,9 +59,15 @@ def load_checkpoint(directory: Path, module: nn.Module, optimizer: torch.optim.O
     parameters = _trainable(module)
     if {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")} != set(parameters):
         raise TrainingError(f"the checkpoint {path} holds other weights than this model trains; delete it.")
+    queue = _queue(module)
+    held = {name.removeprefix("queue."): tensor.shape for name, tensor in tensors.items() if name.startswith("queue.")}
+    if held != {name: buffer.shape for name, buffer in queue.items()}:
+        raise TrainingError(f"the checkpoint {path} holds another queue than this run's; delete it.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weights.{name}"])
+        for name, buffer in queue.items():
+            buffer.copy_(tensors[f"queue.{name}"])
     for full_name, tensor in tensors.items():
         kind, _, rest = full_name.partition(".")
         if kind == "optimizer":
@@ -73,3 +81,8 @@ def load_checkpoint(directory: Path, module: nn.Module, optimizer: torch.optim.O
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _queue(module: nn.Module) -> dict[str, torch.Tensor]:
+    queue = getattr(module, "queue", None)
+    return dict(queue.named_buffers()) if isinstance(queue, nn.Module) else {}

@@ -14,13 +14,73 @@ Part = Literal["projector", "language_model"]
 class HaclConfig(Config):
     """The contrastive objective beside the generation loss."""
 
-    #: Weight of (i2t + t2i) / 2 beside the generation loss; 0 leaves the objective out.
+    #: Weight of the objective beside the generation loss; 0 leaves it out. Its formulas are in `training.losses.hacl`.
     weight: float = Field(default=0.0, ge=0.0)
-    #: paired: an image is contrasted with its own hallucinated captions; batch: with all of the batch.
+    #: constant; linear: the weight rises from 0 over the warm-up and stays; cosine: from there it falls to 0.
+    weight_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    #: Share of the steps over which the weight rises; for linear and cosine.
+    weight_warmup_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    #: paired: an image is contrasted with its own hallucinated captions; batch: with all of the batch. Those in the
+    #: queue count for every image either way, as the queue's captions do.
     negatives: Literal["paired", "batch"] = "batch"
     #: Hallucinated captions per image and step; they take turns where an image has more.
     num_hallucinated: int = Field(default=1, ge=0)
+    #: linear: a linear head each for images and texts, to a quarter of the hidden size (as in the released code); none:
+    #: hidden states are compared themselves (as in the paper).
+    heads: Literal["linear", "none"] = "linear"
+    #: Texts of earlier steps (captions and hallucinated captions) that stay negatives, and as many images; 0 for none.
+    #: The paper has 16384.
+    queue_size: int = Field(default=0, ge=0)
+    #: With several processes, contrast each one's images with the texts of all; false: with its own only.
+    gather: bool = True
+    #: Weight of telling hallucinated captions from their own truths, where they have one (`HallucinatedCaption.truth`).
+    #: 0 has them told from the image's caption, as all others are.
+    truth_weight: float = Field(default=0.5, ge=0.0)
+    #: Weight of keeping a hallucinated caption's text apart from its caption's (or truth's) by `text_margin`; 0: none.
+    text_margin_weight: float = Field(default=0.0, ge=0.0)
+    #: In cosine distance, where 1 is orthogonal.
+    text_margin: float = Field(default=0.2, ge=0.0, le=2.0)
+    #: Of the heads and the temperature, which is learned within 0.001..0.5 from 0.07 and does not decay.
     learning_rate: float = Field(default=1e-3, gt=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> HaclConfig:
+        if self.weight_schedule == "constant" and self.weight_warmup_ratio:
+            raise ValueError(
+                f"weight_warmup_ratio={self.weight_warmup_ratio} needs weight_schedule=linear or cosine; a constant"
+                " weight has no warm-up"
+            )
+        if self.weight_schedule == "linear" and not self.weight_warmup_ratio:
+            raise ValueError("weight_schedule=linear is a warm-up; give weight_warmup_ratio above 0, or constant")
+        if self.queue_size and not self.gather:
+            raise ValueError(
+                "queue_size needs gather=true: the queue is one part of the training state, and without gather every"
+                " process would hold another"
+            )
+        if self.text_margin_weight and not self.num_hallucinated:
+            raise ValueError("text_margin_weight needs hallucinated captions; give num_hallucinated above 0")
+        if self.text_margin_weight and not self.text_margin:
+            raise ValueError("text_margin_weight has no effect with text_margin=0; give a margin or no weight")
+        return self
+
+
+class PreferenceConfig(Config):
+    """A preference of captions over hallucinated captions, after mDPO; see `training.losses.preference`.
+
+    One pair per image and step: the hallucinated caption whose turn it is, and its truth or else the image's caption.
+    """
+
+    #: Weight of the objective beside the generation loss; 0 leaves it out.
+    weight: float = Field(default=0.0, ge=0.0)
+    #: How strongly the model is tied to the one that it started from; larger is closer.
+    beta: float = Field(default=0.1, gt=0.0)
+    #: Weight of preferring the caption with its image over the caption with another image of the batch.
+    image_weight: float = Field(default=1.0, ge=0.0)
+    #: Weight of keeping the caption's reward above `anchor`.
+    anchor_weight: float = Field(default=1.0, ge=0.0)
+    anchor: float = 0.0
+    #: What the user asks, beside the image, to get a caption.
+    prompt: str = Field(default="Describe the image.", min_length=1)
 
 
 class AlignmentConfig(Config):

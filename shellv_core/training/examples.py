@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shellv_core.data.conversation import encode_captions, encode_conversations
-from shellv_core.data.samples import Conversation, Sample, sample_conversations
+from shellv_core.data.conversation import IGNORE_INDEX, encode_captions, encode_conversations
+from shellv_core.data.samples import (
+    HALLUCINATION_TYPES,
+    IMAGE_TOKEN,
+    Conversation,
+    HallucinatedCaption,
+    Sample,
+    sample_conversations,
+)
 from shellv_core.errors import DataError
 from shellv_core.templates import DEFAULT_TEMPLATE, TEMPLATES, Template
 
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 NO_IMAGE = -1
 TOKENIZE_AT_ONCE = 2048
 MAX_CAPTION_LENGTH = 128
+TYPES = (*HALLUCINATION_TYPES, "unspecified")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def at(self, index: int) -> np.ndarray:
+        """Sequence `index`."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
     def padded(self, indices: np.ndarray, fill: int) -> np.ndarray:
         """The sequences `indices`, right-padded with `fill`: int64 of shape (len(indices), longest)."""
         starts, lengths = self.offsets[indices], self.lengths[indices]
@@ -52,6 +64,21 @@ class Ragged:
         inside = columns[None, :] < lengths[:, None]
         positions = np.where(inside, starts[:, None] + columns[None, :], 0)
         return np.where(inside, self.values[positions] if len(self.values) else 0, fill).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Captions, hallucinated captions and their truths as answers to one prompt about an image.
+
+    Attributes:
+        prompt_ids: the conversation before the answer, image tokens included.
+        captions, hallucinated, truths: what is learned behind it, in the order of `Examples`; empty for no text.
+    """
+
+    prompt_ids: np.ndarray
+    captions: Ragged
+    hallucinated: Ragged
+    truths: Ragged
 
 
 @dataclass(frozen=True)
@@ -64,7 +91,10 @@ class Examples:
         captions: M sequences, empty where an image has no caption.
         hallucinated: the hallucinated captions of all images; image m has those from hallucinated_offsets[m] to
             hallucinated_offsets[m + 1].
-        caption_groups, hallucinated_groups: hashes of the texts, equal for equal texts.
+        hallucinated_types: index of each one's type in `TYPES`.
+        truths: their own truths, empty where that is the image's caption.
+        caption_groups, hallucinated_groups, truth_groups: hashes of the texts, equal for equal texts.
+        answers: the same texts as answers to a prompt; None if not asked for.
     """
 
     input_ids: Ragged
@@ -75,6 +105,10 @@ class Examples:
     hallucinated: Ragged
     hallucinated_groups: np.ndarray
     hallucinated_offsets: np.ndarray
+    hallucinated_types: np.ndarray
+    truths: Ragged
+    truth_groups: np.ndarray
+    answers: Answers | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -101,6 +135,7 @@ def tokenize_samples(
     tasks: Sequence[str] | None = None,
     on_sample: Callable[[], None] = lambda: None,
     template: Template = TEMPLATES[DEFAULT_TEMPLATE],
+    prompt: str | None = None,
 ) -> Examples:
     """Tokenize every conversation and caption of `samples`; images are numbered in their order.
 
@@ -108,6 +143,7 @@ def tokenize_samples(
         samples: read once; their images are not kept.
         on_sample: called after each sample, for progress.
         template: the model's (`template_of` its processor).
+        prompt: encode the captions as answers to it as well.
 
     Raises:
         DataError: if there is no conversation, one cannot be encoded, or image and image token do not go together.
@@ -115,7 +151,7 @@ def tokenize_samples(
     conversations: list[Conversation] = []
     image_index: list[int] = []
     captions: list[str] = []
-    hallucinated: list[str] = []
+    hallucinated: list[HallucinatedCaption] = []
     hallucinated_offsets = [0]
     for sample in samples:
         image = NO_IMAGE if sample.image is None else len(captions)
@@ -123,8 +159,8 @@ def tokenize_samples(
             conversations.append(conversation)
             image_index.append(image)
         if sample.image is not None:
-            captions.append(sample.caption or "")
-            hallucinated += [item.text for item in sample.hallucinated_captions if sample.caption]
+            captions.append((sample.caption or "").strip())
+            hallucinated += [item for item in sample.hallucinated_captions if captions[-1]]
             hallucinated_offsets.append(len(hallucinated))
         on_sample()
     if not conversations:
@@ -141,16 +177,57 @@ def tokenize_samples(
             _check_image_tokens(ids, image_token_id, num_image_tokens, image_index[len(input_ids)], len(input_ids))
             input_ids.append(ids)
             labels.append(targets)
+    lies, truths = [item.text for item in hallucinated], [item.truth for item in hallucinated]
+    answers = None
+    if prompt is not None:
+        answers = _answers(
+            (captions, lies, truths), prompt, tokenizer, image_token_id, num_image_tokens, max_length, template
+        )
     return Examples(
         Ragged.of(input_ids),
         Ragged.of(labels),
         np.asarray(image_index, dtype=np.int64),
         Ragged.of(_encode_texts(tokenizer, captions)),
         _groups(captions),
-        Ragged.of(_encode_texts(tokenizer, hallucinated)),
-        _groups(hallucinated),
+        Ragged.of(_encode_texts(tokenizer, lies)),
+        _groups(lies),
         np.asarray(hallucinated_offsets, dtype=np.int64),
+        np.asarray([TYPES.index(item.type) for item in hallucinated], dtype=np.int64),
+        Ragged.of(_encode_texts(tokenizer, truths)),
+        _groups(truths),
+        answers,
     )
+
+
+def _answers(
+    kinds: Sequence[Sequence[str]],
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_id: int,
+    num_image_tokens: int,
+    max_length: int,
+    template: Template,
+) -> Answers:
+    """Encode texts as answers. What stands before the answer is the same for all, so it is kept once."""
+    empty = np.zeros(0, dtype=np.int32)
+    prompt_ids, encoded = empty, []
+    for texts in kinds:
+        told = [text.strip() for text in texts if text.strip()]
+        tails = []
+        for start in range(0, len(told), TOKENIZE_AT_ONCE):
+            talks = [
+                [{"from": "human", "value": f"{IMAGE_TOKEN}\n{prompt}"}, {"from": "gpt", "value": text}]
+                for text in told[start : start + TOKENIZE_AT_ONCE]
+            ]
+            for ids, labels in encode_conversations(
+                tokenizer, talks, image_token_id, num_image_tokens, max_length, template
+            ):
+                learned = np.flatnonzero(labels != IGNORE_INDEX)
+                prompt_ids = ids[: learned[0]]
+                tails.append(ids[learned])
+        remaining = iter(tails)
+        encoded.append(Ragged.of([next(remaining) if text.strip() else empty for text in texts]))
+    return Answers(prompt_ids, *encoded)
 
 
 def _check_image_tokens(ids: np.ndarray, image_token_id: int, num_image_tokens: int, image: int, row: int) -> None:

@@ -14,6 +14,7 @@ from transformers import LlavaProcessor
 from shellv_core.config import fingerprint
 from shellv_core.data.samples import Sample, sample_conversations
 from shellv_core.data.shards import count_samples, read_shards, split_shards
+from shellv_core.logs import get_logger
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.progress import Progress
 from shellv_core.storage import InputDirectory
@@ -25,6 +26,7 @@ from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFea
 from shellv_core.training.loop import TrainingSummary, train
 from shellv_core.training.model import TrainingModel
 
+logger = get_logger(__name__)
 NO_IMAGES = torch.zeros(0, 0, 0)
 
 
@@ -77,7 +79,9 @@ def fit(
             config.tasks,
             counter.update,
             template_of(processor),
+            module.preference.prompt if module.preference.weight else None,
         )
+    _warn_of_idle_objectives(module, examples)
 
     def images() -> Iterator[bytes]:
         return image_bytes(data.read())
@@ -95,6 +99,14 @@ def fit(
         aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
     summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+
+
+def _warn_of_idle_objectives(module: TrainingModel, examples: Examples) -> None:
+    if module.heads is not None and not examples.captions.lengths.any():
+        logger.warning("hacl.weight=%s has no effect: no image has a caption.", module.hacl.weight)
+    if module.preference.weight and not len(examples.hallucinated):
+        weight = module.preference.weight
+        logger.warning("preference.weight=%s has no effect: no caption has hallucinated captions.", weight)
 
 
 def _align(
@@ -130,3 +142,5 @@ def tokenizer_texts(samples: Iterable[Sample], template: Template = TEMPLATES[DE
             yield sample.caption
         for item in sample.hallucinated_captions:
             yield item.text
+            if item.truth:
+                yield item.truth

@@ -30,9 +30,12 @@ from shellv_core.training.batches import (
     steps_per_epoch,
 )
 from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
-from shellv_core.training.config import TrainingConfig
-from shellv_core.training.examples import Examples
+from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
+from shellv_core.training.losses.hacl import ContrastResult
+from shellv_core.training.losses.preference import PreferenceResult
+from shellv_core.training.losses.schedule import weight_factor
 from shellv_core.training.model import TrainingModel
 
 logger = get_logger(__name__)
@@ -106,7 +109,7 @@ def train(
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = total_steps(len(examples), config)
-    identity = fingerprint(config, seed, total, _identity(examples))
+    identity = fingerprint(config, module.hacl, module.preference, seed, total, _identity(examples))
     checkpoint_directory.mkdir(parents=True, exist_ok=True)
     first = load_checkpoint(checkpoint_directory, module, optimizer, identity)
     if first:
@@ -119,7 +122,7 @@ def train(
         for step, rows in enumerate(plan, start=first + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-            losses, batches = _step(module, examples, features, rows, config, optimizer, step)
+            losses, batches = _step(module, examples, features, rows, config, optimizer, step, total)
             meter.add(losses, batches)
             rates = meter.rates()
             counter.update(1, loss=losses["loss"], **{key: rates[key] for key in list(rates)[:2]})
@@ -211,29 +214,38 @@ def _step(
     config: TrainingConfig,
     optimizer: torch.optim.Optimizer,
     step: int,
+    total: int,
 ) -> tuple[dict[str, float], list[Batch]]:
     num_labels = count_label_tokens(examples, rows)
     size = config.micro_batch_size or len(rows)
     micro_rows = [rows[start : start + size] for start in range(0, len(rows), size)]
     device = module.model.device
+    hacl = module.hacl
+    contrast_weight = hacl.weight * weight_factor(step, total, hacl.weight_schedule, hacl.weight_warmup_ratio)
     totals: dict[str, float] = {}
+    margins = np.zeros((2, len(TYPES)))
     batches = []
     optimizer.zero_grad(set_to_none=True)
     for part in micro_rows:
         batch = _batch(module, examples, features, part, step).to(device)
         with precision(config.precision == "bf16", device):
             output = module(batch)
+        share = len(part) / len(rows)
         losses = {"generation_loss": output.generation_loss_sum / num_labels}
         loss = losses["generation_loss"]
         if output.contrast is not None:
-            contrast, share = output.contrast, len(part) / len(rows)
-            loss = loss + module.hacl.weight * share * contrast.loss
-            losses["image_to_text_loss"] = share * contrast.image_to_text
-            losses["text_to_image_loss"] = share * contrast.text_to_image
-            losses["retrieval_accuracy"] = share * contrast.retrieval_accuracy
-            losses["hallucination_margin"] = share * contrast.hallucination_margin
-            losses["hallucination_accuracy"] = share * contrast.hallucination_accuracy
+            loss = loss + contrast_weight * share * output.contrast.objective(
+                hacl.truth_weight, hacl.text_margin_weight
+            )
+            losses |= {key: share * value for key, value in _contrast_metrics(output.contrast, hacl).items()}
+            margins += [output.contrast.margin_sums.tolist(), output.contrast.margin_counts.tolist()]
+        if output.preference is not None:
+            preference = module.preference
+            objective = output.preference.objective(preference.image_weight, preference.anchor_weight)
+            loss = loss + preference.weight * share * objective
+            losses |= {key: share * value for key, value in _preference_metrics(output.preference).items()}
         loss.backward()
+        module.remember(output)
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
@@ -248,7 +260,39 @@ def _step(
     optimizer.step()
     if module.heads is not None:
         module.heads.clamp_temperature()
+        totals["temperature"] = float(module.heads.temperature.detach())
+    if module.queue is not None:
+        totals["queue_fill"] = module.queue.fill()
+    for name, margin_sum, count in zip(TYPES, *margins, strict=True):
+        if count:
+            totals[f"hallucination_margin_{name}"] = margin_sum / count
     return totals, batches
+
+
+def _contrast_metrics(contrast: ContrastResult, hacl: HaclConfig) -> dict[str, torch.Tensor]:
+    metrics = {
+        "image_to_text_loss": contrast.image_to_text,
+        "text_to_image_loss": contrast.text_to_image,
+        "retrieval_accuracy": contrast.retrieval_accuracy,
+        "hallucination_margin": contrast.hallucination_margin,
+        "hallucination_accuracy": contrast.hallucination_accuracy,
+    }
+    if contrast.truth is not None:
+        metrics["truth_loss"] = contrast.truth
+    if hacl.text_margin_weight:
+        metrics["text_margin_loss"] = contrast.text_margin
+    return metrics
+
+
+def _preference_metrics(preference: PreferenceResult) -> dict[str, torch.Tensor]:
+    return {
+        "preference_loss": preference.answer,
+        "preference_image_loss": preference.image,
+        "preference_anchor_loss": preference.anchor,
+        "reward_margin": preference.reward_margin,
+        "image_reward_margin": preference.image_reward_margin,
+        "preference_accuracy": preference.accuracy,
+    }
 
 
 def _batch(module: TrainingModel, examples: Examples, features: ImageFeatures, rows: np.ndarray, turn: int) -> Batch:
@@ -261,6 +305,8 @@ def _batch(module: TrainingModel, examples: Examples, features: ImageFeatures, r
         module.model.generation_config.pad_token_id,
         module.hacl.num_hallucinated if module.heads is not None else None,
         turn,
+        module.hacl.truth_weight > 0,
+        module.preference.weight > 0,
     )
 
 

@@ -1,11 +1,14 @@
-"""The model as it is trained: one forward pass per batch gives the generation loss and the contrastive losses.
+"""The model as it is trained: one forward pass per batch gives the generation loss and the objectives beside it.
 
-Image features are projected once and shared by both. Sequences are right-padded and attention is causal, so padding
+Image features are projected once and shared by all. Sequences are right-padded and attention is causal, so padding
 needs no mask: nothing that counts comes after it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,70 +17,213 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from shellv_core.models.hacl import HaclHeads
-from shellv_core.training.batches import Batch, ContrastBatch
-from shellv_core.training.config import HaclConfig
-from shellv_core.training.losses import ContrastiveResult, contrastive_loss
+from shellv_core.models.lora import without_adapters
+from shellv_core.training.batches import Batch
+from shellv_core.training.config import HaclConfig, PreferenceConfig
+from shellv_core.training.losses.gather import gather_features, num_ranks
+from shellv_core.training.losses.hacl import ContrastFeatures, ContrastResult, contrastive_loss
+from shellv_core.training.losses.preference import AnswerLogProbabilities, PreferenceResult, preference_loss
+from shellv_core.training.losses.queue import NegativeQueue
+from shellv_core.training.pairs import ContrastBatch, PreferenceBatch
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Sum of the generation loss over the batch's label tokens, and the contrastive losses where wanted."""
+    """Sum of the generation loss over the batch's label tokens, and the other objectives where wanted.
+
+    Attributes:
+        features: what was contrasted, detached, of all processes; for `TrainingModel.remember`.
+    """
 
     generation_loss_sum: torch.Tensor
-    contrast: ContrastiveResult | None
+    contrast: ContrastResult | None
+    features: ContrastFeatures | None = None
+    preference: PreferenceResult | None = None
 
 
 class TrainingModel(nn.Module):
-    """A LLaVA model (adapters, if any, already in place) with HACL's heads beside it."""
+    """A LLaVA model (adapters, if any, already in place) with HACL's heads and queue beside it.
+
+    Args:
+        heads: without them there is no contrast.
+        preference: its weight is 0 for no preference objective.
+        reference: what a preference is measured against, from `frozen_copy`; None takes the model without its
+            adapters.
+    """
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, heads: HaclHeads | None = None, hacl: HaclConfig | None = None
+        self,
+        model: LlavaForConditionalGeneration,
+        heads: HaclHeads | None = None,
+        hacl: HaclConfig | None = None,
+        preference: PreferenceConfig | None = None,
+        reference: LlavaForConditionalGeneration | None = None,
     ) -> None:
         super().__init__()
         self.model, self.heads, self.hacl = model, heads, hacl or HaclConfig()
+        self.preference, self.reference = preference or PreferenceConfig(), reference
+        self.queue: NegativeQueue | None = None
+        if heads is not None and self.hacl.queue_size:
+            self.queue = NegativeQueue(self.hacl.queue_size, heads.output_size)
         eos_token_id = model.generation_config.eos_token_id
         self.eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
 
     def forward(self, batch: Batch) -> StepOutput:
         """See `Batch` for the shapes."""
-        embeddings_BTH = self.model.get_input_embeddings()(batch.input_ids)
+        images_UNH = _project(self.model, batch.image_features)
+        embeddings_BTH = _embed(self.model, batch.input_ids, images_UNH, batch.row_images, batch.image_positions)
         hidden_size = embeddings_BTH.shape[-1]
-        images_UNH = None
-        if batch.image_features is not None:
-            features = batch.image_features.to(embeddings_BTH.dtype)
-            images_UNH = self.model.model.multi_modal_projector(features).to(embeddings_BTH.dtype)
-            flat = embeddings_BTH.reshape(-1, hidden_size)
-            rows = images_UNH[batch.row_images].reshape(-1, hidden_size)
-            embeddings_BTH = flat.index_copy(0, batch.image_positions, rows).view_as(embeddings_BTH)
-        hidden = self._language_model(embeddings_BTH).reshape(-1, hidden_size)
+        hidden = _language_model(self.model, embeddings_BTH).reshape(-1, hidden_size)
         logits = self.model.lm_head(hidden[batch.label_positions]).float()
         loss = functional.cross_entropy(logits, batch.label_ids, reduction="sum")
-        contrast = None
-        if self.heads is not None and batch.contrast is not None and images_UNH is not None:
-            contrast = self._contrast(self.heads, images_UNH, batch.contrast)
-        return StepOutput(loss, contrast)
+        contrast, features = None, None
+        if self.heads is not None:
+            contrast, features = self._contrast(self.heads, images_UNH, batch.contrast)
+        preference = None
+        if batch.preference is not None and batch.image_features is not None:
+            preference = self._preference(images_UNH, batch.image_features, batch.preference)
+        return StepOutput(loss, contrast, features, preference)
 
-    def _language_model(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    def train(self, mode: bool = True) -> TrainingModel:
+        """Switch dropout on or off; the reference never has any."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
 
-    def _contrast(self, heads: HaclHeads, images_UNH: torch.Tensor, batch: ContrastBatch) -> ContrastiveResult:
-        """Compare the last hidden states of [image, eos] and of [text, eos], run apart from each other."""
-        embed = self.model.get_input_embeddings()
-        images_PNH = images_UNH[batch.images]
-        num_images = len(images_PNH)
-        eos = embed(batch.text_ids.new_full((num_images, 1), self.eos_token_id)).to(images_PNH.dtype)
-        image_states = self._language_model(torch.cat([images_PNH, eos], dim=1))[:, -1]
-        text_hidden = self._language_model(embed(batch.text_ids))
-        text_states = text_hidden[torch.arange(len(text_hidden), device=text_hidden.device), batch.text_ends]
-        texts = heads.embed_texts(text_states)
-        num_hallucinated = batch.hallucinated_valid.shape[1]
-        return contrastive_loss(
-            heads.embed_images(image_states),
-            texts[:num_images],
-            texts[num_images:].view(num_images, num_hallucinated, texts.shape[-1]),
+    def remember(self, output: StepOutput) -> None:
+        """Put what was contrasted into the queue, if there is one. Call it after the backward pass."""
+        if self.queue is not None and output.features is not None:
+            self.queue.push(output.features)
+
+    def _contrast(
+        self, heads: HaclHeads, images_UNH: torch.Tensor | None, batch: ContrastBatch | None
+    ) -> tuple[ContrastResult | None, ContrastFeatures | None]:
+        ranks = num_ranks() if self.hacl.gather else 1
+        rows = None
+        if batch is not None and images_UNH is not None:
+            features = self._contrast_features(heads, images_UNH, batch)
+        elif ranks > 1:
+            # Without an image of its own, this process still takes part in what the others gather.
+            nothing = heads.temperature.new_zeros(0, heads.hidden_size)
+            image, text = heads.embed_images(nothing), heads.embed_texts(nothing)
+            features = ContrastFeatures.of(image, text, text.view(0, 0, heads.output_size))
+        else:
+            return None, None
+        if ranks > 1:
+            features, rows = gather_features(features)
+            if not len(features.image):
+                return None, None
+        result = contrastive_loss(
+            features,
             heads.temperature,
             self.hacl.negatives,
+            None if self.queue is None else self.queue.contents(),
+            self.hacl.text_margin,
+            rows,
+            ranks,
+        )
+        return result, features.detached()
+
+    def _contrast_features(self, heads: HaclHeads, images_UNH: torch.Tensor, batch: ContrastBatch) -> ContrastFeatures:
+        """Embed the last hidden states of [image, eos] and of [text, eos], run apart from each other."""
+        embed = self.model.get_input_embeddings()
+        images_PNH = images_UNH[batch.images]
+        num_images, num_slots = batch.hallucinated_valid.shape
+        eos = embed(batch.text_ids.new_full((num_images, 1), self.eos_token_id)).to(images_PNH.dtype)
+        image_states = _language_model(self.model, torch.cat([images_PNH, eos], dim=1))[:, -1]
+        text_hidden = _language_model(self.model, embed(batch.text_ids))
+        text_states = text_hidden[torch.arange(len(text_hidden), device=text_hidden.device), batch.text_ends]
+        texts = heads.embed_texts(text_states)
+        shape = (num_images, num_slots, texts.shape[-1])
+        num_lies = num_images * num_slots
+        truth = None
+        if len(batch.truth_slots):
+            truths = texts[num_images + num_lies :]
+            truth = texts.new_zeros(num_lies, shape[-1]).index_copy(0, batch.truth_slots, truths).view(shape)
+        return ContrastFeatures.of(
+            heads.embed_images(image_states),
+            texts[:num_images],
+            texts[num_images : num_images + num_lies].view(shape),
             hallucinated_valid=batch.hallucinated_valid,
             caption_group=batch.caption_groups,
             hallucinated_group=batch.hallucinated_groups,
+            hallucinated_type=batch.hallucinated_types,
+            truth=truth,
+            truth_valid=batch.truth_valid,
+            truth_group=batch.truth_groups,
         )
+
+    def _preference(
+        self, images_UNH: torch.Tensor | None, image_features: torch.Tensor, batch: PreferenceBatch
+    ) -> PreferenceResult:
+        policy = _answer_log_probabilities(self.model, images_UNH, batch)
+        # After the policy's passes: autocast keeps weights that it has cast, and without gradients they would have no
+        # graph.
+        with torch.no_grad(), self._reference() as model:
+            reference = _answer_log_probabilities(model, _project(model, image_features), batch)
+        has_elsewhere = torch.zeros(batch.num_pairs, dtype=torch.bool, device=batch.elsewhere.device)
+        has_elsewhere[batch.elsewhere] = True
+        settings = self.preference
+        return preference_loss(policy, reference, has_elsewhere, settings.beta, settings.anchor)
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[LlavaForConditionalGeneration]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        training = self.model.training
+        self.model.eval()
+        try:
+            with without_adapters(self.model):
+                yield self.model
+        finally:
+            self.model.train(training)
+
+
+def frozen_copy(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The model as it is now: parameters that require gradients are copied, all others shared."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def _project(model: LlavaForConditionalGeneration, features: torch.Tensor | None) -> torch.Tensor | None:
+    """Vision features (U, num_image_tokens, vision hidden size) as the language model reads them."""
+    if features is None:
+        return None
+    dtype = model.get_input_embeddings().get_parameter("weight").dtype
+    return model.model.multi_modal_projector(features.to(dtype)).to(dtype)
+
+
+def _embed(
+    model: LlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    images_UNH: torch.Tensor | None,
+    row_images: torch.Tensor,
+    image_positions: torch.Tensor,
+) -> torch.Tensor:
+    """Embed right-padded rows (B, T), the images of `row_images` at their positions: (B, T, H)."""
+    embeddings_BTH = model.get_input_embeddings()(input_ids)
+    if images_UNH is None:
+        return embeddings_BTH
+    hidden_size = embeddings_BTH.shape[-1]
+    flat = embeddings_BTH.reshape(-1, hidden_size)
+    rows = images_UNH[row_images].reshape(-1, hidden_size)
+    return flat.index_copy(0, image_positions, rows).view_as(embeddings_BTH)
+
+
+def _language_model(model: LlavaForConditionalGeneration, embeddings: torch.Tensor) -> torch.Tensor:
+    return model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+
+def _answer_log_probabilities(
+    model: LlavaForConditionalGeneration, images_UNH: torch.Tensor | None, batch: PreferenceBatch
+) -> AnswerLogProbabilities:
+    embeddings_RTH = _embed(model, batch.input_ids, images_UNH, batch.row_images, batch.image_positions)
+    hidden = _language_model(model, embeddings_RTH).reshape(-1, embeddings_RTH.shape[-1])
+    logits = model.lm_head(hidden[batch.label_positions]).float()
+    values = -functional.cross_entropy(logits, batch.label_ids, reduction="none")
+    sums = values.new_zeros(len(batch.input_ids)).index_add(0, batch.label_rows, values)
+    pairs = batch.num_pairs
+    elsewhere = values.new_zeros(pairs).index_copy(0, batch.elsewhere, sums[2 * pairs :])
+    return AnswerLogProbabilities(sums[:pairs], sums[pairs : 2 * pairs], elsewhere)

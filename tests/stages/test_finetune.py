@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from shellv_core.config import apply_overrides
-from shellv_core.errors import ConfigError, ObjectNotFoundError
+from shellv_core.errors import ConfigError, ModelError, ObjectNotFoundError
 from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import load_heads
 from shellv_core.stages import finetune, merge_lora, pretrain_projector
 from shellv_core.storage import InputDirectory
-from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 from tests.stages.training_data import MODEL, TRAINING, write_data
 
 
@@ -37,9 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, output: Path, **values):
     return finetune.FinetuneConfig(
         data_uri=(folder / "data").as_uri(),
-        model_uri=(folder / "model").as_uri(),
         output_uri=output.as_uri(),
-        **{"training": TRAINING, "lora": LoraConfig(r=4, alpha=8), **values},
+        **{
+            "model_uri": (folder / "model").as_uri(),
+            "training": TRAINING,
+            "lora": LoraConfig(r=4, alpha=8),
+            **values,
+        },
     )
 
 
@@ -100,6 +104,44 @@ def test_without_lora_the_whole_model_is_trained_and_merging_keeps_it(folder, tm
         for uri in (result.output_uri, merged.output_uri)
     )
     assert first == second
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, alpha=8), None])
+def test_preference(folder, tmp_path, lora):
+    """With adapters the reference is the model without them, otherwise a copy; neither reaches the output."""
+    result = finetune.run(
+        config(folder, tmp_path / "out", lora=lora, hacl=HaclConfig(), preference=PreferenceConfig(weight=0.5))
+    )
+    assert {"preference_loss", "reward_margin", "preference_accuracy"} <= set(result.metrics)
+    assert result.metrics["reward_margin"] > 0
+    assert names(result.output_uri) == (names((folder / "model").as_uri()) if lora is None else ADAPTER)
+
+
+def test_heads_of_pretraining_are_trained_on(folder, tmp_path):
+    short = TRAINING.model_copy(update={"max_steps": 3})
+    hacl = HaclConfig(weight=0.5, negatives="paired", heads="none", queue_size=8)
+    pretrained = pretrain_projector.run(
+        pretrain_projector.PretrainProjectorConfig(
+            data_uri=(folder / "data").as_uri(),
+            output_uri=(tmp_path / "model").as_uri(),
+            model=MODEL,
+            hacl=hacl,
+            training=short.model_copy(update={"trainable": ("projector",)}),
+        )
+    )
+    assert {"image_to_text_loss", "queue_fill", "temperature"} <= set(pretrained.metrics)
+    assert names(pretrained.output_uri) == names((folder / "model").as_uri()) | {"hacl/heads.safetensors"}
+    output = InputDirectory(pretrained.output_uri)
+    before = load_heads(output.fetch("hacl/heads.safetensors"))
+    assert before.kind == "none"
+    assert before.temperature != 0.07
+    still = hacl.model_copy(update={"learning_rate": 1e-12})
+    result = finetune.run(config(folder, tmp_path / "out", model_uri=pretrained.output_uri, hacl=still, training=short))
+    after = load_heads(InputDirectory(result.output_uri).fetch("hacl/heads.safetensors"))
+    assert after.temperature == before.temperature
+    other = hacl.model_copy(update={"heads": "linear"})
+    with pytest.raises(ModelError, match="kind 'none' for hidden size 32, this stage wants kind 'linear'"):
+        finetune.run(config(folder, tmp_path / "other", model_uri=pretrained.output_uri, hacl=other, training=short))
 
 
 def test_settings_that_contradict_are_refused(folder, tmp_path):

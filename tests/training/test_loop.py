@@ -13,20 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from shellv_core.errors import TrainingError
+from shellv_core.config import build_config
+from shellv_core.errors import ConfigError, TrainingError
 from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
 from shellv_core.training.batches import batch_images, make_batch
 from shellv_core.training.checkpoint import FILE_NAME
-from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
 from shellv_core.training.loop import build_optimizer, learning_rate_factor, set_trainable, total_steps, train
-from shellv_core.training.model import TrainingModel
+from shellv_core.training.model import TrainingModel, frozen_copy
 from tests.training.tiny import tiny_model, tiny_samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,17 +52,19 @@ def config(**values):
 @pytest.fixture(scope="module")
 def parts():
     model, processor = tiny_model()
-    examples = tokenize_samples(tiny_samples(), processor.tokenizer, processor.image_token_id, 4, 256)
+    examples = tokenize_samples(
+        tiny_samples(), processor.tokenizer, processor.image_token_id, 4, 256, prompt="What is it?"
+    )
     pictures = list(pixel_batches(image_bytes(tiny_samples()), processor))
     features = torch.cat([tower_features(model, batch) for batch in pictures])
     return model, processor, examples, CachedFeatures(features), torch.cat(pictures)
 
 
-def module_of(parts, settings, hacl=None):
+def module_of(parts, settings, hacl=None, preference=None):
     model = copy.deepcopy(parts[0])
     torch.manual_seed(0)
     heads = HaclHeads(model.config.text_config.hidden_size) if hacl else None
-    module = TrainingModel(model, heads, hacl)
+    module = TrainingModel(model, heads, hacl, preference)
     set_trainable(module, settings)
     return module
 
@@ -134,6 +138,9 @@ def test_learns_and_reports(parts, tmp_path, precision):
         "retrieval_accuracy",
         "hallucination_margin",
         "hallucination_accuracy",
+        "hallucination_margin_object",
+        "hallucination_margin_attribute",
+        "temperature",
         "loss",
         "gradient_norm",
         "samples_per_second",
@@ -178,12 +185,12 @@ def test_same_seed_same_weights_other_seed_others(parts, tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_interrupted_run_ends_like_an_uninterrupted_one(parts, tmp_path, stop):
-    """Across an epoch's end (17 conversations, 6 a step), with adapters, dropout and the contrastive objective."""
+    """Across an epoch's end (17 conversations, 6 a step), with adapters, dropout, a queue and both objectives."""
     settings = config(max_steps=5, checkpoint_every_steps=1)
-    hacl = HaclConfig(weight=0.5)
+    hacl = HaclConfig(weight=0.5, queue_size=11, weight_schedule="cosine", weight_warmup_ratio=0.4)
 
     def fresh():
-        module = module_of(parts, settings, hacl)
+        module = module_of(parts, settings, hacl, PreferenceConfig(weight=0.3))
         add_lora(module.model, LoraConfig(r=2, dropout=0.2))
         return module
 
@@ -221,7 +228,7 @@ from tests.training.tiny import tiny_model, tiny_samples
 work = Path(sys.argv[1])
 model, processor = tiny_model()
 torch.manual_seed(0)
-hacl = HaclConfig(weight=0.5)
+hacl = HaclConfig(weight=0.5, queue_size=16)
 module = TrainingModel(model, HaclHeads(32), hacl)
 config = TrainingConfig(global_batch_size=4, max_steps=60, trainable=("projector", "language_model"),
                         checkpoint_every_steps=5, max_length=256, language_model_learning_rate=1e-2)
@@ -258,6 +265,128 @@ def test_checkpoint_of_another_run_is_refused(parts, tmp_path):
     (tmp_path / FILE_NAME).write_bytes(b"junk")
     with pytest.raises(TrainingError, match="is damaged"):
         run(parts, config(max_steps=2), tmp_path)
+
+
+def test_queue_is_part_of_the_state(parts, tmp_path):
+    hacl = HaclConfig(weight=0.5, queue_size=11)
+    first, _, logged = run(parts, config(max_steps=4, log_every_steps=1), tmp_path, hacl)
+    assert logged[1]["queue_fill"] < logged[4]["queue_fill"] == 1.0
+    again = module_of(parts, config(), hacl)
+    assert again.queue.fill() == 0
+    again, _, _ = run(parts, config(max_steps=4, log_every_steps=1), tmp_path, hacl)
+    buffers = dict(first.queue.named_buffers())
+    assert all(torch.equal(each, buffers[name]) for name, each in again.queue.named_buffers())
+    assert buffers["texts.features"].norm(dim=1).allclose(torch.ones(11))
+    with pytest.raises(TrainingError, match="other data or settings"):
+        run(parts, config(max_steps=4, log_every_steps=1), tmp_path, hacl.model_copy(update={"queue_size": 12}))
+    path = tmp_path / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        kept = {name: file.get_tensor(name) for name in file.keys() if name != "queue.images.count"}  # noqa: SIM118
+    save_file(kept, path, metadata=metadata)
+    with pytest.raises(TrainingError, match="another queue"):
+        run(parts, config(max_steps=4, log_every_steps=1), tmp_path, hacl)
+
+
+def test_a_queue_changes_what_is_learned(parts, tmp_path):
+    """From the second step on; the first has nothing in it."""
+    settings = config(max_steps=2, log_every_steps=1)
+    plain, queued = (
+        run(parts, settings, tmp_path / str(size), HaclConfig(weight=0.5, queue_size=size))[2] for size in (0, 11)
+    )
+    for name in ("image_to_text_loss", "text_to_image_loss"):
+        assert queued[1][name] == pytest.approx(plain[1][name], rel=1e-5)
+        assert queued[2][name] > plain[2][name] + 1e-3
+
+
+@pytest.mark.parametrize("start", [0.45, 0.05])
+def test_temperature_stays_within_its_range(parts, tmp_path, start):
+    """With steps of about 1, it would leave the range at once."""
+    settings = config(max_steps=2, log_every_steps=1, warmup_ratio=0.0)
+    module = module_of(parts, settings, HaclConfig(weight=1.0, learning_rate=1.0))
+    with torch.no_grad():
+        module.heads.temperature.fill_(start)
+    logged = []
+    train(
+        module, parts[2], parts[3], settings, 0, tmp_path, lambda metrics, step: logged.append(metrics["temperature"])
+    )
+    assert logged[0] in (pytest.approx(0.001), pytest.approx(0.5))
+    assert all(0.001 - 1e-9 <= each <= 0.5 for each in logged)
+
+
+def test_weight_follows_its_schedule(parts, tmp_path):
+    hacl = HaclConfig(weight=0.5, weight_schedule="linear", weight_warmup_ratio=0.5)
+    _, _, logged = run(parts, config(max_steps=6, log_every_steps=1), tmp_path, hacl)
+    for step, factor in zip(range(1, 7), (1 / 3, 2 / 3, 1, 1, 1, 1), strict=True):
+        metrics = logged[step]
+        contrast = (metrics["image_to_text_loss"] + metrics["text_to_image_loss"]) / 2
+        expected = metrics["generation_loss"] + 0.5 * factor * contrast
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_margins_by_type_are_means_over_pairs_whatever_the_micro_batch(parts, tmp_path):
+    hacl = HaclConfig(weight=0.5, num_hallucinated=2)
+    settings = config(max_steps=1, log_every_steps=1)
+    whole, pieces = (
+        run(parts, settings.model_copy(update={"micro_batch_size": size}), tmp_path / str(size), hacl)[2][1]
+        for size in (None, 1)
+    )
+    for kind in ("object", "attribute"):
+        name = f"hallucination_margin_{kind}"
+        # Of an image in two conversations of the step, both micro-batches speak.
+        assert pieces[name] == pytest.approx(whole[name], abs=0.15)
+    assert "hallucination_margin_event" not in whole
+
+
+def test_preference_is_learned_and_reported(parts, tmp_path):
+    settings = config(max_steps=30, log_every_steps=10, language_model_learning_rate=3e-3)
+    module = module_of(parts, settings, None, PreferenceConfig(weight=1.0, beta=0.5))
+    module.reference = frozen_copy(module.model)
+    before = {name: each.clone() for name, each in module.reference.state_dict().items()}
+    logged = {}
+    train(module, parts[2], parts[3], settings, 0, tmp_path, lambda metrics, step: logged.update({step: metrics}))
+    assert {
+        "preference_loss",
+        "preference_image_loss",
+        "preference_anchor_loss",
+        "reward_margin",
+        "image_reward_margin",
+        "preference_accuracy",
+    } <= set(logged[30])
+    assert logged[30]["reward_margin"] > logged[10]["reward_margin"]
+    assert logged[30]["reward_margin"] > 0.5
+    assert logged[30]["preference_accuracy"] > 0.9
+    assert logged[30]["preference_loss"] < logged[10]["preference_loss"]
+    assert all(torch.equal(each, before[name]) for name, each in module.reference.state_dict().items())
+    with safe_open(tmp_path / FILE_NAME, framework="pt") as file:
+        assert not any("reference" in name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weight_warmup_ratio": 0.1}, "constant weight has no warm-up"),
+        ({"weight_schedule": "linear"}, "linear is a warm-up"),
+        ({"queue_size": 16, "gather": False}, "queue_size needs gather=true"),
+        ({"text_margin_weight": 1.0, "num_hallucinated": 0}, "needs hallucinated captions"),
+        ({"text_margin_weight": 1.0, "text_margin": 0.0}, "no effect with text_margin=0"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(HaclConfig, values)
+
+
+def test_objectives_without_data_are_not_silent(tmp_path, caplog):
+    model, processor = tiny_model()
+    module = TrainingModel(model, HaclHeads(32), HaclConfig(weight=1.0), PreferenceConfig(weight=0.5))
+    settings = config(max_steps=1)
+    set_trainable(module, settings)
+    data = TrainingData(lambda: tiny_samples(0), 1, "text")
+    with caplog.at_level("WARNING"):
+        fit(module, processor, data, settings, 0, tmp_path, lambda metrics, step: None, "test")
+    assert "hacl.weight=1.0 has no effect: no image has a caption" in caplog.text
+    assert "preference.weight=0.5 has no effect" in caplog.text
 
 
 def test_finished_run_does_no_step_again(parts, tmp_path):
