@@ -62,8 +62,11 @@ def is_codeshell_config(config: Mapping[str, Any]) -> bool:
     )
 
 
-def starcoder2_config(config: Mapping[str, Any]) -> Starcoder2Config:
+def starcoder2_config(config: Mapping[str, Any], tied: bool = False) -> Starcoder2Config:
     """Starcoder2's settings for CodeShell's `config`, the content of its config.json.
+
+    Args:
+        tied: the word embeddings are the output matrix as well.
 
     Raises:
         ModelError: for learned positions, an unknown rope scaling, or quantized weights, which have no counterpart.
@@ -71,8 +74,8 @@ def starcoder2_config(config: Mapping[str, Any]) -> Starcoder2Config:
     positions = config.get("position_embedding_type", "learned_absolute")
     if positions != "rope":
         raise ModelError(
-            f"position_embedding_type={positions!r} has no counterpart in Starcoder2; only 'rope' (CodeShell-7B, Shell-7B"
-            " and their chat versions) can be converted."
+            f"position_embedding_type={positions!r} has no counterpart in Starcoder2; only 'rope' (as CodeShell-7B and"
+            " Shell-7B have it) can be converted."
         )
     if config.get("quantization_config"):
         raise ModelError("the checkpoint is quantized (quantization_config); convert the unquantized one.")
@@ -93,7 +96,7 @@ def starcoder2_config(config: Mapping[str, Any]) -> Starcoder2Config:
         rope_parameters=_rope_parameters(config.get("rope_scaling")),
         sliding_window=None,
         use_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         architectures=["Starcoder2ForCausalLM"],
     )
 
@@ -106,15 +109,14 @@ def codeshell_config(config: Starcoder2Config) -> dict[str, Any]:
     """
     rope = dict(config.rope_parameters or {})
     scaling = rope.get("rope_type", "default")
-    foreign = {
-        "model_type": config.model_type != "starcoder2" and config.model_type,
-        "use_bias": config.use_bias is not True and config.use_bias,
-        "sliding_window": config.sliding_window,
-        "rope_theta": rope.get("rope_theta", ROPE_THETA) != ROPE_THETA and rope["rope_theta"],
-        "rope_type": scaling not in ("default", *SCALINGS) and scaling,
-    }
-    foreign["use_bias"] = None if config.use_bias else "false"
-    faults = [f"{name}={value!r}" for name, value in foreign.items() if value not in (None, False)]
+    theta = rope.get("rope_theta", ROPE_THETA)
+    checks = (
+        (f"use_bias={config.use_bias}", config.use_bias),
+        (f"sliding_window={config.sliding_window}", config.sliding_window is None),
+        (f"rope_theta={theta:g}", theta == ROPE_THETA),
+        (f"rope_type={scaling!r}", scaling in ("default", *SCALINGS)),
+    )
+    faults = [setting for setting, is_known in checks if not is_known]
     if faults:
         raise ModelError(f"CodeShell has no counterpart for {', '.join(faults)}; only its own variants go back.")
     return {
@@ -138,18 +140,27 @@ def head_rows(config: Starcoder2Config) -> tuple[int, int, int]:
     return (config.hidden_size, config.num_key_value_heads * head_size, config.num_key_value_heads * head_size)
 
 
+def to_starcoder2(config: Mapping[str, Any], weights: Weights, where: object) -> tuple[Starcoder2Config, Weights]:
+    """CodeShell's config.json and `weights` as those of ``Starcoder2ForCausalLM``.
+
+    Without ``lm_head.weight`` the word embeddings serve as output matrix, unless the config says otherwise.
+
+    Raises:
+        ModelError: see `starcoder2_config` and `starcoder2_weights`.
+    """
+    tied = "lm_head.weight" not in weights and config.get("tie_word_embeddings", True)
+    converted = starcoder2_config(config, tied)
+    return converted, starcoder2_weights(weights, converted, where)
+
+
 def starcoder2_weights(weights: Weights, config: Starcoder2Config, where: object) -> Weights:
     """CodeShell's `weights` under the names of ``Starcoder2ForCausalLM``, in their order.
-
-    Sets ``config.tie_word_embeddings`` where there is no ``lm_head.weight``.
 
     Raises:
         ModelError: listing keys that are missing, unexpected or of a wrong shape, or buffers and duplicates that
             contradict the weights.
     """
     kept = _without_derived(weights, config, where)
-    if "lm_head.weight" not in kept and "transformer.wte.weight" in kept:
-        config.tie_word_embeddings = True
     require(kept, expected_weights(config), where)
     converted: Weights = {}
     for name, tensor in kept.items():
@@ -240,8 +251,8 @@ def _without_derived(weights: Weights, config: Starcoder2Config, where: object) 
     if DUPLICATE_EMBEDDINGS in weights and "transformer.wte.weight" in weights:
         if not torch.equal(weights[DUPLICATE_EMBEDDINGS].read(), weights["transformer.wte.weight"].read()):
             raise ModelError(
-                f"{DUPLICATE_EMBEDDINGS} and transformer.wte.weight in {where} differ, but name one matrix; it cannot be"
-                " said which is meant."
+                f"{DUPLICATE_EMBEDDINGS} and transformer.wte.weight in {where} differ, though they name one matrix;"
+                " it cannot be said which is meant."
             )
         derived.append(DUPLICATE_EMBEDDINGS)
     return without(weights, derived)

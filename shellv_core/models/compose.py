@@ -149,10 +149,7 @@ def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str], template: Te
             f"the tokenizer {config.pretrained!r} is not usable: a fast tokenizer (tokenizer.json) with an end-of-text"
             " token is needed."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    add_template_tokens(tokenizer, template)
-    tokenizer.padding_side = "left"
+    prepare_tokenizer(tokenizer, template)
     return tokenizer
 
 
@@ -299,18 +296,10 @@ def _compose(
         raise ModelError(f"{type(language_model).__name__} does not fit into LLaVA: nothing sets {left}.")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_stop_ids(tokenizer, template_named(config.template)),
+        eos_token_id=stop_ids(tokenizer, template_named(config.template)),
         pad_token_id=tokenizer.pad_token_id,
     )
     return model.eval()
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | list[int]:
-    """The ids that end an answer: the end-of-text token, and the template's end marker where that is one token."""
-    eos: int = tokenizer.eos_token_id
-    stops = [text for text in template.stop_strings if text in template.markers]
-    ends: Any = tokenizer.convert_tokens_to_ids(stops)
-    return [eos, *ends] if ends else eos
 
 
 def _build_projector(config: LlavaConfig) -> LlavaMultiModalProjector:

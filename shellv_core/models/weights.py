@@ -99,11 +99,16 @@ def read_weights(path: Path) -> Weights:
     raise ModelError(f"{path} holds no weights: none of {', '.join((*INDEXES, *SINGLE_FILES))} is there.")
 
 
-def write_weights(weights: Weights, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `weights` as safetensors, in shards with an index where they need more than one.
+def write_weights(
+    weights: Weights, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES, file_name: str | None = None
+) -> None:
+    """Write `weights` as safetensors: as the one file `file_name`, or in shards with an index where one is too large.
 
     At any time one tensor is in memory, and the pages of the input that hold it.
     """
+    if file_name is not None:
+        _write_safetensors(directory / file_name, weights)
+        return
     shards = _shards(weights, max_shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -190,8 +195,9 @@ def _read_file(path: Path, pickles: _PickledFiles) -> Weights:
     unknown = sorted({code for _, code in specs.values()} - set(DTYPES))
     if unknown:
         raise ModelError(f"{path} holds values of type {unknown[0]}; known are {', '.join(DTYPES)}.")
-    return {name: LazyTensor(shape, DTYPES[code], _safetensors_reader(path, name)) for name, (shape, code) in
-            specs.items()}
+    return {
+        name: LazyTensor(shape, DTYPES[code], _safetensors_reader(path, name)) for name, (shape, code) in specs.items()
+    }
 
 
 def _safetensors_reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
@@ -290,8 +296,8 @@ def _write_safetensors(path: Path, weights: Weights) -> None:
 
 def _value_bytes(tensor: LazyTensor) -> memoryview:
     values = tensor.read()
-    assert tuple(values.shape) == tensor.shape, (values.shape, tensor.shape)
-    assert values.dtype == tensor.dtype, (values.dtype, tensor.dtype)
+    if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
+        raise RuntimeError(f"announced {tensor.shape} of {tensor.dtype}, read {values.shape} of {values.dtype}")
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
