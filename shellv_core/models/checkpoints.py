@@ -18,12 +18,12 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedConfig,
 )
 
 from shellv_core.config import nearest
 from shellv_core.errors import ModelError, OutputNotEmptyError
 from shellv_core.models.codeshell import codeshell_weights, is_codeshell_config, to_starcoder2
+from shellv_core.models.config import IMAGE_END, IMAGE_START
 from shellv_core.models.upstream import FAMILIES, LEFT_OUT, Adapter, Family, read_lora_pairs, stock_module_names
 from shellv_core.models.weights import Weights, has_weights, read_weights, require
 
@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
 )
 #: The tower's own config in an exported checkpoint, where upstream knows no name for it.
 TOWER_DIRECTORY = "vision_tower"
-START_END_TOKENS = ("<im_start>", "<im_end>")
+START_END_TOKENS = (IMAGE_START, IMAGE_END)
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 #: LLaVA-1.5's settings where a checkpoint does not say: those of all its scripts.
 DEFAULT_SETTINGS: dict[str, Any] = {
@@ -160,12 +160,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def family_of(text_config: PreTrainedConfig) -> Family | None:
+def family_of(text_config: Any) -> Family | None:
     """Upstream's code that has this language model; None where none has."""
     return next((each for each in FAMILIES.values() if each.text_model_type == text_config.model_type), None)
 
 
-def read_text_config(config: dict[str, Any], path: Path) -> PreTrainedConfig:
+def read_text_config(config: dict[str, Any], path: Path) -> Any:
     """The language model's config in a config.json, which may hold LLaVA's settings too.
 
     Raises:
@@ -175,11 +175,10 @@ def read_text_config(config: dict[str, Any], path: Path) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{path} has model_type={kind!r}, unknown to transformers; {nearest(kind, CONFIG_MAPPING)}")
     known = {name: value for name, value in config.items() if not name.startswith("mm_") and name not in NOT_OF_TEXT}
-    converted: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(known)
-    return converted
+    return CONFIG_MAPPING[kind].from_dict(known)
 
 
-def require_text(weights: Weights, config: PreTrainedConfig, path: Path) -> None:
+def require_text(weights: Weights, config: Any, path: Path) -> None:
     """Check that `weights` are those of the causal language model that `config` describes.
 
     Raises:
@@ -198,7 +197,7 @@ def require_text(weights: Weights, config: PreTrainedConfig, path: Path) -> None
     require(weights, expected, path)
 
 
-def read_text(found: Found) -> tuple[PreTrainedConfig, Weights]:
+def read_text(found: Found) -> tuple[Any, Weights]:
     """A language model as transformers has it, CodeShell as Starcoder2.
 
     Raises:
@@ -221,7 +220,7 @@ def read_upstream_text(path: Path) -> Weights:
     return codeshell_weights(weights, config) if config.model_type == "starcoder2" else weights
 
 
-def read_stock(path: Path) -> tuple[LlavaConfig, Weights]:
+def read_stock(path: Path) -> tuple[Any, Weights]:
     """A stock model, the weights under the names of its modules.
 
     Raises:
@@ -230,7 +229,7 @@ def read_stock(path: Path) -> tuple[LlavaConfig, Weights]:
     found = find_format(path)
     if found.format != "stock":
         raise ModelError(f"{found.description}; {FORMATS['stock']} is expected.")
-    config = LlavaConfig.from_dict(found.config)
+    config: Any = LlavaConfig.from_dict(found.config)
     weights = stock_module_names(read_weights(path))
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -238,7 +237,7 @@ def read_stock(path: Path) -> tuple[LlavaConfig, Weights]:
     return config, weights
 
 
-def stock_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+def stock_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a stock model's weights."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -260,7 +259,7 @@ def read_adapter(path: Path) -> AdapterFiles:
         unsupported.append(f"bias={config['bias']!r}")
     if config.get("peft_type", "LORA") != "LORA" or unsupported:
         raise ModelError(
-            f"{path / ADAPTER_CONFIG} has peft_type={config.get('peft_type')!r} and sets {unsupported or 'nothing odd'};"
+            f"{path / ADAPTER_CONFIG} has peft_type={config.get('peft_type')!r} and sets {unsupported or 'no more'};"
             " only plain LoRA without biases can be converted."
         )
     file = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
@@ -272,7 +271,7 @@ def read_adapter(path: Path) -> AdapterFiles:
     return AdapterFiles(config, pairs, saved)
 
 
-def generation_config(source: Path, config: PreTrainedConfig) -> GenerationConfig:
+def generation_config(source: Path, config: Any) -> GenerationConfig:
     """The generation settings in `source`, with the begin, end and padding ids of `config`."""
     generation = GenerationConfig()
     if (source / "generation_config.json").is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, Starcoder2Config
+from transformers import AutoTokenizer, GenerationConfig, Starcoder2Config
 
 from shellv_core.config import nearest
 from shellv_core.errors import ModelError
@@ -54,7 +54,7 @@ class UpstreamModel:
     family: Family
     config: dict[str, Any]
     parts: Parts
-    stock: LlavaConfig
+    stock: Any
 
 
 def export(source: Path, output: Path, form: str, base: Path | None = None) -> str:
@@ -178,8 +178,8 @@ def _read(path: Path) -> UpstreamModel:
     family = family_of(config.text_config)
     if family is None or config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise ModelError(
-            f"{path} joins {config.vision_config.model_type!r} and {config.text_config.model_type!r}; LLaVA-1.5 has CLIP"
-            " and 'llama', Shell-V CLIP and 'starcoder2'."
+            f"{path} joins {config.vision_config.model_type!r} and {config.text_config.model_type!r}; LLaVA-1.5 has"
+            " CLIP and 'llama', Shell-V CLIP and 'starcoder2'."
         )
     text, vocab_size = upstream.text_of_stock(weights), config.text_config.vocab_size
     if config.image_token_id == vocab_size - 1:
@@ -204,7 +204,7 @@ def _read(path: Path) -> UpstreamModel:
     return UpstreamModel(path, family, content, parts, config)
 
 
-def _settings(config: LlavaConfig, path: Path) -> dict[str, Any]:
+def _settings(config: Any, path: Path) -> dict[str, Any]:
     features = {strategy: name for name, strategy in SELECT_STRATEGIES.items()}
     pixels = read_json(path / "processor_config.json", optional=True).get("image_processor", {})
     template = path / "chat_template.jinja"
@@ -220,14 +220,14 @@ def _settings(config: LlavaConfig, path: Path) -> dict[str, Any]:
     }
 
 
-def _tower_name(config: LlavaConfig) -> str:
+def _tower_name(config: Any) -> str:
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
         return TOWER_DIRECTORY
     return OPENAI_TOWERS.get((vision.hidden_size, vision.patch_size, vision.image_size), TOWER_DIRECTORY)
 
 
-def _text_content(config: PreTrainedConfig) -> dict[str, Any]:
+def _text_content(config: Any) -> dict[str, Any]:
     if isinstance(config, Starcoder2Config):
         return codeshell_config(config)
     content: dict[str, Any] = config.to_dict()

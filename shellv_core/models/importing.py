@@ -51,9 +51,18 @@ from shellv_core.models.checkpoints import (
     stock_shapes,
 )
 from shellv_core.models.codeshell import is_codeshell_config, to_starcoder2
+from shellv_core.models.config import IMAGE_END, IMAGE_START
 from shellv_core.models.processor import ImageInput, make_processor, prepare_tokenizer, stop_ids
 from shellv_core.models.upstream import FAMILIES, PROJECTOR, TEXT, TOWER, Family
-from shellv_core.models.weights import Weights, has_weights, in_memory, load_pickle, read_weights, require, write_weights
+from shellv_core.models.weights import (
+    Weights,
+    has_weights,
+    in_memory,
+    load_pickle,
+    read_weights,
+    require,
+    write_weights,
+)
 from shellv_core.templates import IMAGE_TOKEN, Template, template_named, template_of
 
 logger = get_logger(__name__)
@@ -79,7 +88,7 @@ TRAINABLE = re.compile(r"(?:base_model\.(?:model\.)?)?(?:model|transformer)\.(.+
 class Tower:
     """A vision tower: its config, weights by the names of its module (none: they come from elsewhere), its input."""
 
-    config: PreTrainedConfig
+    config: Any
     weights: Weights
     mean: list[float]
     std: list[float]
@@ -100,7 +109,7 @@ class Draft:
 
     source: Path
     family: Family | None
-    text_config: PreTrainedConfig
+    text_config: Any
     weights: Weights
     tower: Tower | None = None
     settings: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_SETTINGS))
@@ -442,7 +451,7 @@ def _template(draft: Draft, wanted: Template | None) -> Template:
     if template is None:
         raise ModelError(f"{draft.source} does not say how conversations are written; give --template NAME.")
     if draft.settings["mm_use_im_start_end"]:
-        template = replace(template, image_open=START_END_TOKENS[0], image_close=START_END_TOKENS[1])
+        template = replace(template, image_open=IMAGE_START, image_close=IMAGE_END)
     return template
 
 
@@ -496,24 +505,22 @@ def _with_rows(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Weights:
                 f"the projector's file brings rows for {' and '.join(START_END_TOKENS)}, but no config.json beside it"
                 " says mm_use_im_start_end=true; put the one of its training there."
             )
-        indices = [int(tokenizer.convert_tokens_to_ids(token)) for token in START_END_TOKENS]
+        indices = [_token_id(tokenizer, token) for token in START_END_TOKENS]
     weights[embeddings] = upstream.replaced_rows(weights[embeddings], indices, draft.new_rows)
     return weights
 
 
-def _stock_config(
-    draft: Draft, tower: Tower, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
-) -> LlavaConfig:
+def _stock_config(draft: Draft, tower: Tower, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> Any:
     feature = draft.settings["mm_vision_select_feature"]
     if feature not in SELECT_STRATEGIES:
         raise ModelError(f"mm_vision_select_feature={feature!r}; known are {', '.join(SELECT_STRATEGIES)}.")
     # Without a class token there is none to leave out.
-    strategy = SELECT_STRATEGIES[feature] if _has_class_token(tower.config) else "full"
+    strategy: Any = SELECT_STRATEGIES[feature] if _has_class_token(tower.config) else "full"
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
     return LlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=draft.text_config.to_dict(),
-        image_token_index=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+        image_token_index=_token_id(tokenizer, IMAGE_TOKEN),
         image_seq_length=patches + int(strategy == "full" and _has_class_token(tower.config)),
         projector_hidden_act=draft.activation,
         vision_feature_layer=draft.settings["mm_vision_select_layer"],
@@ -524,5 +531,10 @@ def _stock_config(
     )
 
 
-def _has_class_token(config: PreTrainedConfig) -> bool:
+def _has_class_token(config: Any) -> bool:
     return config.model_type == "clip_vision_model"
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found: Any = tokenizer.convert_tokens_to_ids(token)
+    return int(found)

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         ShellVError: if the model cannot be read, converted or written.
     """
     verbs = {"build": _build, "convert": _convert, "export": _export}
-    print(verbs[args.model_verb](args))
+    print(verbs[args.model_verb](args))  # noqa: T201 - the command's answer
     return 0
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from shellv_core.errors import ModelError
 from shellv_core.models.codeshell import codeshell_module, head_rows, starcoder2_modules
@@ -233,7 +232,7 @@ def lora_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def stock_adapter(adapter: Adapter, family: Family, text_config: PreTrainedConfig, rank: int) -> Adapter:
+def stock_adapter(adapter: Adapter, family: Family, text_config: Any, rank: int) -> Adapter:
     """Upstream's adapter on stock modules. CodeShell's fused matrix becomes three, which share A.
 
     Args:
@@ -251,7 +250,7 @@ def stock_adapter(adapter: Adapter, family: Family, text_config: PreTrainedConfi
     return converted
 
 
-def upstream_adapter(adapter: Adapter, family: Family, text_config: PreTrainedConfig, rank: int) -> Adapter:
+def upstream_adapter(adapter: Adapter, family: Family, text_config: Any, rank: int) -> Adapter:
     """A stock adapter on upstream's modules. Three different A become one of three times the rank, block by block.
 
     Raises:
@@ -298,12 +297,7 @@ def apply_delta(delta: Weights, base: Weights, where: object) -> Weights:
         ModelError: if the two do not belong together.
     """
     _check_delta(delta, base, where)
-    return {
-        name: LazyTensor(tensor.shape, base[name].dtype, lambda t=tensor, b=base[name]: _restored(t.read(), b.read()))
-        if name in base
-        else tensor
-        for name, tensor in delta.items()
-    }
+    return {name: _sum(tensor, base[name]) if name in base else tensor for name, tensor in delta.items()}
 
 
 def make_delta(target: Weights, base: Weights, where: object) -> Weights:
@@ -325,9 +319,7 @@ def make_delta(target: Weights, base: Weights, where: object) -> Weights:
                 f"{name} is {tensor.dtype} in {where}, but {base[name].dtype} in the base; both must agree."
             )
         dtype = _exact_dtype(tensor.read(), base[name].read(), name)
-        deltas[name] = LazyTensor(
-            tensor.shape, dtype, lambda t=tensor, b=base[name], d=dtype: _difference(t.read(), b.read(), d)
-        )
+        deltas[name] = _lazy_difference(tensor, base[name], dtype)
     return deltas
 
 
@@ -409,6 +401,14 @@ def _check_delta(target: Weights, base: Weights, where: object) -> None:
             f" unexpected {strangers[:5]}, {len(wrong)} of a wrong shape {wrong[:5]}. Give the base model that the"
             " delta was made of."
         )
+
+
+def _sum(delta: LazyTensor, base: LazyTensor) -> LazyTensor:
+    return LazyTensor(delta.shape, base.dtype, lambda: _restored(delta.read(), base.read()))
+
+
+def _lazy_difference(target: LazyTensor, base: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(target.shape, dtype, lambda: _difference(target.read(), base.read(), dtype))
 
 
 def _restored(delta: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

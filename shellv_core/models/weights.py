@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -294,11 +295,11 @@ def _write_safetensors(path: Path, weights: Weights) -> None:
             file.write(_value_bytes(tensor))
 
 
-def _value_bytes(tensor: LazyTensor) -> memoryview:
+def _value_bytes(tensor: LazyTensor) -> Any:
     values = tensor.read()
     if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
         raise RuntimeError(f"announced {tensor.shape} of {tensor.dtype}, read {values.shape} of {values.dtype}")
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def without(weights: Weights, names: Iterable[str]) -> Weights:
