@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
-    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -271,14 +270,12 @@ def read_adapter(path: Path) -> AdapterFiles:
     return AdapterFiles(config, pairs, saved)
 
 
-def generation_config(source: Path, config: Any) -> GenerationConfig:
-    """The generation settings in `source`, with the begin, end and padding ids of `config`."""
-    generation = GenerationConfig()
-    if (source / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source, local_files_only=True)
-    generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
-    generation.pad_token_id = config.pad_token_id
-    return generation
+def write_generation_config(directory: Path, config: Mapping[str, Any], source: Path | None = None) -> None:
+    """Write the generation settings in `source`, if any, with the begin, end and padding ids of `config`."""
+    # As JSON: transformers refuses to save combinations that upstream has, such as top_p without sampling.
+    content = {} if source is None else read_json(source / "generation_config.json", optional=True)
+    content |= {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(directory / "generation_config.json", content)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
-from transformers import AutoTokenizer, GenerationConfig, Starcoder2Config
+from transformers import AutoTokenizer, Starcoder2Config
 
 from shellv_core.config import nearest
 from shellv_core.errors import ModelError
@@ -23,13 +23,13 @@ from shellv_core.models.checkpoints import (
     family_of,
     find_format,
     float_dtype,
-    generation_config,
     new_directory,
     read_adapter,
     read_json,
     read_stock,
     read_text,
     read_upstream_text,
+    write_generation_config,
     write_json,
 )
 from shellv_core.models.codeshell import codeshell_config, codeshell_weights
@@ -97,7 +97,7 @@ def _write_codeshell(source: Path, directory: Path) -> None:
         raise ModelError(f"{source} is a {config.model_type!r}; a 'starcoder2' is what CodeShell becomes.")
     content = codeshell_config(config)
     write_json(directory / "config.json", content)
-    generation_config(source, config).save_pretrained(directory)
+    write_generation_config(directory, content, source)
     copy_tokenizer(source, directory)
     write_weights(codeshell_weights(weights, config), directory)
 
@@ -121,8 +121,7 @@ def _write_delta(source: Path, directory: Path, base: Path) -> None:
 def _write(model: UpstreamModel, directory: Path, weights: Weights) -> None:
     write_json(directory / "config.json", model.config)
     copy_tokenizer(model.source, directory)
-    ids = {name: model.config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(directory)
+    write_generation_config(directory, model.config)
     if model.config["mm_vision_tower"] == TOWER_DIRECTORY:
         model.stock.vision_config.save_pretrained(directory / TOWER_DIRECTORY)
         pixels = read_json(model.source / "processor_config.json").get("image_processor", {})

@@ -39,7 +39,6 @@ from shellv_core.models.checkpoints import (
     family_of,
     find_format,
     float_dtype,
-    generation_config,
     new_directory,
     read_adapter,
     read_json,
@@ -49,6 +48,7 @@ from shellv_core.models.checkpoints import (
     read_upstream_text,
     require_text,
     stock_shapes,
+    write_generation_config,
 )
 from shellv_core.models.codeshell import is_codeshell_config, to_starcoder2
 from shellv_core.models.config import IMAGE_END, IMAGE_START
@@ -178,7 +178,7 @@ def _write_text(found: Found, directory: Path, template: Template) -> None:
     config, weights = to_starcoder2(found.config, read_weights(found.path), found.path)
     config.dtype = float_dtype(weights)
     config.save_pretrained(directory)
-    generation_config(found.path, config).save_pretrained(directory)
+    write_generation_config(directory, config.to_dict(), found.path)
     tokenizer = _load_tokenizer(found.path, directory)
     if tokenizer is None:
         logger.warning(f"{found.path} has no tokenizer to carry over; put tokenizer.json and the like into {directory}")
