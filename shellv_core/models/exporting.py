@@ -157,7 +157,7 @@ def _write_adapter(source: Path, directory: Path, base: Path) -> None:
         # Three adapters in one keep their factor.
         rank_pattern=dict.fromkeys(fused, 3 * rank),
         alpha_pattern=dict.fromkeys(fused, alpha * (3**0.5 if is_rslora else 3)),
-        target_modules=sorted({module.rpartition(".")[2] for module in pairs}),
+        target_modules=_targets(list(pairs), model.stock.text_config.num_hidden_layers),
         base_model_name_or_path=base.name,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -170,6 +170,13 @@ def _write_adapter(source: Path, directory: Path, base: Path) -> None:
     prefix = f"base_model.model.{model.family.prefix}mm_projector."
     write_pickle({prefix + name: tensor for name, tensor in projector.items()}, directory / TRAINABLES_FILE)
     write_json(directory / "config.json", model.config)
+
+
+def _targets(modules: list[str], num_layers: int) -> list[str]:
+    """Names for PEFT's target_modules: the short ones where each stands for all layers, else those of the modules."""
+    short = [module.rpartition(".")[2] for module in modules]
+    whole = all(short.count(name) % num_layers == 0 for name in short)
+    return sorted(set(short)) if whole else sorted(modules)
 
 
 def _read(path: Path) -> UpstreamModel:

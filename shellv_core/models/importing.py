@@ -350,7 +350,8 @@ def _write_adapter(draft: Draft, found: Found, directory: Path) -> None:
         lora_alpha=adapter.config["lora_alpha"],
         lora_dropout=adapter.config.get("lora_dropout", 0.0),
         use_rslora=adapter.config.get("use_rslora", False),
-        target_modules=rf".*\.language_model\..*\.({'|'.join(sorted({name.rpartition('.')[2] for name in pairs}))})",
+        # In full, as the vision tower has modules of the same last name.
+        target_modules=sorted(pairs),
         modules_to_save=[PROJECTOR.split(".")[1]],
         base_model_name_or_path="base",
         inference_mode=True,

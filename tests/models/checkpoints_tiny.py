@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from tests.data.tiny_tokenizers import byte_level
 
+#: Entries of `byte_tokenizer`.
+TOKENS = 418
 HIDDEN, HEADS, GROUPS, LAYERS, INNER, POSITIONS = 64, 8, 2, 2, 96, 32
 CLIP_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "patch_size": 14, "image_size": 28}
 
@@ -262,7 +264,7 @@ def write_checkpoint(directory, config, tensors, container="safetensors", tokeni
 
 
 def byte_tokenizer(directory):
-    """A tokenizer of 420 entries and the markers of all templates, but without <image>."""
+    """A tokenizer of `TOKENS` entries, none of them a template's marker or <image>."""
     from transformers import PreTrainedTokenizerFast
 
     full = byte_level(vocab_size=420)
@@ -273,6 +275,7 @@ def byte_tokenizer(directory):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", bos_token="</s>", unk_token="<unk>"
     )
+    assert len(tokenizer) == TOKENS
     tokenizer.save_pretrained(directory)
 
 
