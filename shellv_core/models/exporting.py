@@ -174,8 +174,8 @@ def _write_adapter(source: Path, directory: Path, base: Path) -> None:
 
 def _targets(modules: list[str], num_layers: int) -> list[str]:
     """Names for PEFT's target_modules: the short ones where each stands for all layers, else those of the modules."""
-    short = [module.rpartition(".")[2] for module in modules]
-    whole = all(short.count(name) % num_layers == 0 for name in short)
+    short = [".".join(module.split(".")[-2:]) for module in modules]
+    whole = all(short.count(name) == num_layers for name in short)
     return sorted(set(short)) if whole else sorted(modules)
 
 
