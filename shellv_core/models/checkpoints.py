@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -60,8 +62,8 @@ DEFAULT_SETTINGS: dict[str, Any] = {
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
 }
-#: Entries of a config.json that say nothing of the language model.
-NOT_OF_TEXT = ("architectures", "auto_map", "transformers_version", "_name_or_path", *DEFAULT_SETTINGS)
+#: Fields of a config that describe the whole checkpoint.
+NOT_OF_TEXT = ("architectures", "model_type", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def family_of(text_config: Any) -> Family | None:
 
 
 def read_text_config(config: dict[str, Any], path: Path) -> Any:
-    """The language model's config in a config.json, which may hold LLaVA's settings too.
+    """The config of a language model from its config.json.
 
     Raises:
         ModelError: if its model_type is unknown to transformers.
@@ -173,8 +175,13 @@ def read_text_config(config: dict[str, Any], path: Path) -> Any:
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{path} has model_type={kind!r}, unknown to transformers; {nearest(kind, CONFIG_MAPPING)}")
-    known = {name: value for name, value in config.items() if not name.startswith("mm_") and name not in NOT_OF_TEXT}
-    return CONFIG_MAPPING[kind].from_dict(known)
+    return CONFIG_MAPPING[kind].from_dict(config)
+
+
+def read_llama_config(config: dict[str, Any]) -> LlamaConfig:
+    """The language model's part of a LLaVA-1.5 config.json, which holds settings of vision and generation too."""
+    known = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta", "rope_scaling"}
+    return LlamaConfig(**{name: value for name, value in config.items() if name in known - set(NOT_OF_TEXT)})
 
 
 def require_text(weights: Weights, config: Any, path: Path) -> None:

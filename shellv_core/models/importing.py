@@ -42,9 +42,9 @@ from shellv_core.models.checkpoints import (
     new_directory,
     read_adapter,
     read_json,
+    read_llama_config,
     read_stock,
     read_text,
-    read_text_config,
     read_upstream_text,
     require_text,
     stock_shapes,
@@ -103,6 +103,7 @@ class Draft:
         weights: by the names of stock modules; the tower's are apart.
         settings: upstream's, see `DEFAULT_SETTINGS`.
         activation: of the projector.
+        projector_type: what the config says of it, if anything.
         new_rows: rows of the word embeddings that come with the projector: (2, hidden size) for the start and end
             tokens, or all of them.
     """
@@ -114,6 +115,7 @@ class Draft:
     tower: Tower | None = None
     settings: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_SETTINGS))
     activation: str = "gelu"
+    projector_type: str | None = None
     new_rows: torch.Tensor | None = None
 
 
@@ -242,7 +244,7 @@ def _draft_of_checkpoint(found: Found, weights: Weights, family: Family, vision_
     if family.name == "shellv":
         config, text = to_starcoder2(found.config, parts.text, path)
     else:
-        config, text = read_text_config({**found.config, "model_type": "llama"}, path), parts.text
+        config, text = read_llama_config(found.config), parts.text
         require_text(text, config, path)
     draft = Draft(path, family, config, upstream.text_module_names(text))
     _take_settings(draft, found.config)
@@ -269,11 +271,19 @@ def _draft_of_stock(path: Path) -> Draft:
 
 
 def _take_settings(draft: Draft, config: dict[str, Any]) -> None:
+    if not config:
+        logger.info(f"no config.json there; taking LLaVA-1.5's settings: {draft.settings}")
     draft.settings |= {name: config[name] for name in DEFAULT_SETTINGS if config.get(name) is not None}
+    draft.projector_type = config.get("mm_projector_type", draft.projector_type)
 
 
 def _take_projector(draft: Draft, projector: Weights, where: object) -> None:
     stock, kind = upstream.stock_projector(projector, where)
+    if draft.projector_type not in (None, kind):
+        raise ModelError(
+            f"the keys of the projector in {where} are those of {kind!r}, but its config.json says"
+            f" mm_projector_type={draft.projector_type!r}; put the config of its training there."
+        )
     draft.activation = "gelu" if kind == "mlp2x_gelu" else "linear"
     draft.weights |= {PROJECTOR + name: tensor for name, tensor in stock.items()}
 

@@ -199,6 +199,13 @@ LLAVA_SETTINGS = {
     "image_aspect_ratio": "pad",
     "tune_mm_mlp_adapter": False,
     "use_mm_proj": True,
+    # As the published checkpoints have them; nothing reads these.
+    "freeze_mm_mlp_adapter": False,
+    "image_grid_pinpoints": None,
+    "max_length": 4096,
+    "mm_resampler_type": None,
+    "pretraining_tp": 1,
+    "unfreeze_mm_vision_tower": False,
 }
 FAMILIES = {
     "llava": ("model.", llama_config, llama_tensors, "LlavaLlamaForCausalLM", "llava"),

@@ -134,7 +134,7 @@ SIGLIP = VisionTowerConfig(
     standardize=False,
     image_size=28,
     feature_layer=-2,
-    options={k: v for k, v in CLIP.options.items()},
+    options=CLIP.options,
 )
 
 

@@ -46,15 +46,12 @@ def test_from_codeshell_to_an_answer(tmp_path, capsys):
     build = [*BUILD, f"vision_tower.pretrained={clip}", *pretrained]
     assert main(["model", "build", str(tmp_path / "model"), *build]) == 0
     assert "a LlavaForConditionalGeneration with" in capsys.readouterr().out
-    assert answer_of_plain_transformers(tmp_path / "model", tmp_path)
-
     assert main(["model", "export", "--format", "shellv", str(tmp_path / "model"), str(tmp_path / "shellv")]) == 0
     exported = read_all(tmp_path / "shellv")
     assert same({name: exported[name] for name in without_buffers(tensors)}, without_buffers(tensors))
     assert main(["model", "convert", str(tmp_path / "shellv"), str(tmp_path / "again")]) == 0
-    assert answer_of_plain_transformers(tmp_path / "again", tmp_path) == answer_of_plain_transformers(
-        tmp_path / "model", tmp_path
-    )
+    answers = [answer_of_plain_transformers(tmp_path / name, tmp_path) for name in ("model", "again")]
+    assert answers[0] == answers[1] != []
 
 
 def test_the_published_recipe_builds_from_local_directories(tmp_path, capsys):
@@ -75,9 +72,8 @@ def test_the_published_recipe_builds_from_local_directories(tmp_path, capsys):
     assert model.config.text_config.vocab_size == 440
 
 
-@pytest.mark.parametrize("form", ["llava", "shellv"])
-def test_a_converted_checkpoint_answers_in_plain_transformers(tmp_path, form):
-    llava_checkpoint(form, tmp_path / "in")
+def test_a_converted_llava_checkpoint_answers_in_plain_transformers(tmp_path):
+    llava_checkpoint("llava", tmp_path / "in")
     assert main(["model", "convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
     assert answer_of_plain_transformers(tmp_path / "out", tmp_path)
 
@@ -96,5 +92,5 @@ def test_the_formats_are_those_of_the_exporter():
     from shellv_core.models.exporting import export
 
     for form in EXPORT_FORMATS:
-        with pytest.raises(ModelError, match="does not exist|needs the"):
+        with pytest.raises(ModelError, match=r"does not exist|needs the"):
             export(Path("nowhere"), Path("nowhere else"), form)

@@ -89,6 +89,13 @@ def answers(model, processor):
     return model.generate(**batch, max_new_tokens=4, do_sample=False)
 
 
+TEMPLATE_NAMES = {"llava": "v1", "shellv": "shellv"}
+
+
+def model_rows(form):
+    return FAMILIES[form][1]()["vocab_size"]
+
+
 @pytest.mark.parametrize("projector", ["linear", "mlp1x_gelu", "mlp2x_gelu"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_whole_checkpoint_becomes_stock_and_comes_back(tmp_path, form, projector):
@@ -97,7 +104,7 @@ def test_a_whole_checkpoint_becomes_stock_and_comes_back(tmp_path, form, project
     assert {"llava": "is a LLaVA-1.5 checkpoint", "shellv": "is a Shell-V checkpoint"}[form] in said
     text = {name: t for name, t in tensors.items() if "mm_projector" not in name and "vision_tower" not in name}
     model, processor = check_stock(tmp_path / "out", form, text, projector_tensors(projector), model_rows(form))
-    assert template_of(processor) == TEMPLATES[FAMILIES_TEMPLATE[form]]
+    assert template_of(processor) == TEMPLATES[TEMPLATE_NAMES[form]]
     assert answers(model, processor).shape[1] > 4
 
     export(tmp_path / "out", tmp_path / "back", form)
@@ -107,21 +114,13 @@ def test_a_whole_checkpoint_becomes_stock_and_comes_back(tmp_path, form, project
         back = {name.replace("mm_projector.", "mm_projector.0."): t for name, t in back.items()}
     assert same(back, without_buffers(tensors))
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "back"))
-    kept = {"architectures", "vocab_size", "image_aspect_ratio", "mm_hidden_size", *LLAVA_SETTINGS} - {
-        "mm_vision_tower",
-        "mm_projector_type",
-        "tune_mm_mlp_adapter",
-    }
+    kept = {"architectures", "vocab_size", "image_aspect_ratio", "hidden_size", "n_embd", "rope_theta", "rope_scaling"}
+    kept |= {name for name in before if name.startswith("mm_")} - {"mm_vision_tower", "mm_resampler_type"}
+    kept = {name for name in kept if name in before} - ({"mm_projector_type"} if projector == "mlp1x_gelu" else set())
+    assert not {"max_length", "image_grid_pinpoints", "mm_hidden_size"} & set(model.config.text_config.to_dict())
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     convert(tmp_path / "back", tmp_path / "again")
     assert same(read_all(tmp_path / "again"), read_all(tmp_path / "out"))
-
-
-def model_rows(form):
-    return FAMILIES[form][1]()["vocab_size"]
-
-
-FAMILIES_TEMPLATE = {"llava": "v1", "shellv": "shellv"}
 
 
 @pytest.mark.parametrize("container", CONTAINERS[1:])
@@ -310,6 +309,7 @@ def test_rows_of_start_and_end_tokens(tmp_path, form, whole):
         ("missing", r"has the keys .*mlp2x_gelu"),
         ("shape", r"1 wrong shape: model\.multi_modal_projector\.linear_2\.weight"),
         ("malicious", "is refused"),
+        ("config", "are those of 'mlp2x_gelu', but its config.json says mm_projector_type='linear'"),
     ],
 )
 def test_a_projector_that_does_not_fit(tmp_path, fault, message):
@@ -321,6 +321,9 @@ def test_a_projector_that_does_not_fit(tmp_path, fault, message):
         del tensors["model.mm_projector.2.bias"]
     elif fault == "shape":
         tensors["model.mm_projector.2.weight"] = torch.zeros(HIDDEN, 5)
+    elif fault == "config":
+        config = {**LLAVA_SETTINGS, "mm_projector_type": "linear"}
+        (tmp_path / "stage1" / "config.json").write_text(json.dumps(config))
     else:
         tensors["model.mm_projector.2.weight"] = Malicious(tmp_path / "ran")
     torch.save(tensors, tmp_path / "stage1" / "mm_projector.bin")
