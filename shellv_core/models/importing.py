@@ -5,6 +5,7 @@ Weights stream from file to file (`weights`); an output directory appears under 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,6 +195,12 @@ def _load_tokenizer(source: Path, directory: Path) -> PreTrainedTokenizerBase | 
     """The tokenizer in `source`, read beside the new config in `directory`: transformers looks at both."""
     if not copy_tokenizer(source, directory):
         return None
+    is_sentence_piece = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+    if is_sentence_piece and importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{source} has its tokenizer as tokenizer.model alone, which only sentencepiece reads; install it (pip"
+            " install sentencepiece==0.2.1), or put the tokenizer.json of the same tokenizer there."
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -241,6 +248,7 @@ def _draft_of_checkpoint(found: Found, weights: Weights, family: Family, vision_
     path, parts = found.path, upstream.take_apart(weights, family)
     if parts.left_out:
         logger.info(f"left out {len(parts.left_out)} tensors that only training needs, such as {parts.left_out[0]}")
+    config: Any
     if family.name == "shellv":
         config, text = to_starcoder2(found.config, parts.text, path)
     else:

@@ -289,3 +289,27 @@ def byte_tokenizer(directory):
 def logits_of(model, input_ids):
     with torch.no_grad():
         return model(input_ids=input_ids).logits
+
+
+def sentence_piece_tokenizer(directory):
+    """LLaMA's tokenizer as the published LLaVA checkpoints have it: tokenizer.model, and no tokenizer.json."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    controls = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
+    letters = [(chr(code), 1) for code in range(33, 127)]
+    words = [(text, 1) for text in ("▁", "do", "og", "▁a", "▁do", "▁dog")]
+    for index, (piece, kind) in enumerate([*controls, *((f"<0x{b:02X}>", 6) for b in range(256)), *letters, *words]):
+        model.pieces.add(piece=piece, score=-float(index), type=kind)
+    model.trainer_spec.model_type = 2
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (directory / name).unlink(missing_ok=True)
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"pad_token": "<unk>", "add_bos_token": True, "legacy": False, "model_max_length": 2048}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(model.pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -33,6 +34,7 @@ from tests.models.checkpoints_tiny import (
     llava_checkpoint,
     logits_of,
     projector_tensors,
+    sentence_piece_tokenizer,
     write_checkpoint,
 )
 from tests.models.test_codeshell import CONTAINERS, Malicious, read_all, same, without_buffers
@@ -603,3 +605,21 @@ def test_plain_transformers_reads_the_tower_of_a_converted_model(tmp_path):
     assert template_of(processor) == TEMPLATES["chatml"]
     assert processor.image_processor.do_pad
     assert isinstance(load_model(tmp_path / "out")[0].model.vision_tower, CLIPVisionModel)
+
+
+def test_a_sentence_piece_tokenizer(tmp_path):
+    """The published checkpoints have no tokenizer.json."""
+    llava_checkpoint("llava", tmp_path / "in")
+    size = sentence_piece_tokenizer(tmp_path / "in")
+    if importlib.util.find_spec("sentencepiece") is None:
+        with pytest.raises(ModelError, match="pip install sentencepiece"):
+            convert(tmp_path / "in", tmp_path / "out")
+        return
+    convert(tmp_path / "in", tmp_path / "out")
+    model, processor = load_model(tmp_path / "out")
+    assert model.config.image_token_id == size
+    assert processor.tokenizer("a dog").input_ids[0] == 1
+    assert answers(model, processor).shape[1] > 4
+    export(tmp_path / "out", tmp_path / "back", "llava")
+    original, back = (tmp_path / name / "tokenizer.model" for name in ("in", "back"))
+    assert back.read_bytes() == original.read_bytes()
