@@ -86,6 +86,8 @@ def export(source: Path, output: Path, form: str, base: Path | None = None) -> s
     if base is None and form in ("lora", "delta"):
         owner = "LLaVA model that the adapter is for" if form == "lora" else "language model to take the difference to"
         raise ModelError(f"format {form!r} needs the {owner}; give it with --base DIR.")
+    if base is not None and form not in ("lora", "delta"):
+        raise ModelError(f"format {form!r} has nothing to do with --base {base}; leave it out.")
     with new_directory(output) as directory:
         writers[form](directory, base)
     return f"wrote {output} in the format {form!r}."

@@ -152,11 +152,21 @@ def convert(
     wanted = None if template is None else template_named(template)
     found = find_format(source)
     logger.info(found.description)
+    is_text = found.format == "codeshell" and not delta
+    _refuse_unused(
+        found,
+        {
+            "--base": is_text and base is not None,
+            "--vision-tower": is_text and vision_tower is not None,
+            "--delta": delta and found.format in ("mm_projector", "lora", "stock"),
+            "--keep-adapter": keep_adapter and found.format != "lora",
+        },
+    )
     made = "LlavaForConditionalGeneration"
     with new_directory(output) as directory:
         if found.format in ("stock", "language_model") and not delta:
             raise ModelError(f"{found.description}, which transformers loads as it is; there is nothing to convert.")
-        if found.format == "codeshell" and not delta:
+        if is_text:
             _write_text(found, directory, wanted or template_named("codeshell_chat"))
             made = "Starcoder2ForCausalLM"
         elif found.format == "lora" and keep_adapter:
@@ -169,6 +179,12 @@ def convert(
         else:
             _write_stock(_draft(found, base, vision_tower, delta), directory, wanted, found)
     return f"{found.description}; wrote {output}, a {made}."
+
+
+def _refuse_unused(found: Found, given: dict[str, bool]) -> None:
+    unused = [option for option, is_unused in given.items() if is_unused]
+    if unused:
+        raise ModelError(f"{found.description}, for which {' and '.join(unused)} means nothing; leave it out.")
 
 
 def _needed(found: Found, base: Path | None) -> Path:
@@ -237,6 +253,7 @@ def _draft_of_base(path: Path, vision_tower: Path | None) -> Draft:
     if found.format in FAMILIES:
         return _draft_of_checkpoint(found, read_weights(path), FAMILIES[found.format], vision_tower)
     if found.format == "stock":
+        _refuse_unused(found, {"--vision-tower": vision_tower is not None})
         return _draft_of_stock(path)
     config, weights = read_text(found)
     draft = Draft(path, family_of(config), config, upstream.text_module_names(weights))

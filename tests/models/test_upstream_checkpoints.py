@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from shellv_core.models.importing import convert
 from shellv_core.models.lora import add_lora, load_adapter, merge_adapter, save_adapter
 from shellv_core.models.weights import read_weights
 from shellv_core.templates import TEMPLATES, template_of
+from tests.data.tiny_tokenizers import REAL
 from tests.models.checkpoints_tiny import (
     CLIP_SIZES,
     FAMILIES,
@@ -587,6 +589,42 @@ def test_formats_that_cannot_hold_a_model(tmp_path):
         with pytest.raises(ModelError, match=message):
             convert(tmp_path / source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"in", "model"}
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path):
+    language_model("shellv", tmp_path / "text")
+    projector_file(tmp_path / "stage1", "shellv")
+    llava_checkpoint("shellv", tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "model")
+    clip = clip_directory(tmp_path / "clip")
+    for source, options, named in (
+        ("text", {"base": clip}, "--base"),
+        ("text", {"vision_tower": clip}, "--vision-tower"),
+        ("text", {"keep_adapter": True}, "--keep-adapter"),
+        ("stage1", {"delta": True, "base": tmp_path / "text"}, "--delta"),
+        ("stage1", {"vision_tower": clip, "base": tmp_path / "model"}, "--vision-tower"),
+    ):
+        with pytest.raises(ModelError, match=f"{named} means nothing"):
+            convert(tmp_path / source, tmp_path / "out", **options)
+    with pytest.raises(ModelError, match="nothing to do with --base"):
+        export(tmp_path / "model", tmp_path / "out", "shellv", base=clip)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no tokenizer of CodeShell beside the project")
+def test_shellvs_vocabulary_has_room_for_the_image_token(tmp_path):
+    """70,144 rows, 70,020 tokens: nothing is cut and nothing added."""
+    changes = {"vocab_size": 70144, "bos_token_id": 70000, "eos_token_id": 70000}
+    text = FAMILIES["shellv"][2](codeshell_config(**changes))
+    tensors = llava_checkpoint("shellv", tmp_path / "in", text=text, **changes)
+    shutil.copytree(REAL, tmp_path / "in", dirs_exist_ok=True)
+    convert(tmp_path / "in", tmp_path / "out")
+    model, processor = load_model(tmp_path / "out")
+    assert model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>") == 70020
+    assert torch.equal(model.get_input_embeddings().weight, text[EMBEDDINGS["shellv"]])
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 70000
+    export(tmp_path / "out", tmp_path / "back", "shellv")
+    assert same(read_all(tmp_path / "back"), without_buffers(tensors))
 
 
 def test_the_path_says_nothing(tmp_path):
