@@ -13,7 +13,7 @@ from shellv_core.data.ahead import map_ahead
 from shellv_core.data.hallucination.captions import Caption, Rewrite, RewriteCounts, RewrittenCaption
 from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.data.hallucination.generator import build_generator, quality_record
-from shellv_core.data.plan import SCENES, Plan
+from shellv_core.data.plan import SCENES, Plan, Unit
 from shellv_core.data.samples import HallucinatedCaption, Sample
 from shellv_core.data.sources.base import RejectedRow, Source
 from shellv_core.data.sources.checks import CAPTION_INSTRUCTIONS
@@ -54,7 +54,12 @@ def learn(config: HallucinationConfig, plan: Plan, sources: Mapping[str, Source]
     Raises:
         DataError: if there is no caption to learn from.
     """
-    return build_generator(config).fit(_captions(plan, sources, config.rules.num_fit_captions))
+    units = [unit for unit in plan.units if unit.source != SCENES]
+    number = config.rules.num_fit_captions
+    complete = sum(unit.count for unit in units) <= number
+    chosen = units if complete else units[:: -(-len(units) // _FIT_UNITS)]
+    share = number if complete else -(-number // len(chosen))
+    return build_generator(config).fit(_captions(chosen, sources, share), complete)
 
 
 def quality(records: Sequence[Mapping[str, Any]], pairs: Sequence[Any], config: HallucinationConfig) -> dict[str, Any]:
@@ -105,16 +110,13 @@ def _with_truth(rewrite: Rewrite, caption: str) -> HallucinatedCaption:
     return replace(rewrite.hallucinated, truth="" if rewrite.truth == caption else rewrite.truth)
 
 
-def _captions(plan: Plan, sources: Mapping[str, Source], number: int) -> Iterator[Caption]:
-    """About `number` captions, taken evenly from the whole plan."""
-    units = [unit for unit in plan.units if unit.source != SCENES]
-    chosen = units[:: -(-len(units) // _FIT_UNITS)] if units else []
-    for unit in progress(chosen, description="captions to learn from", unit="units"):
+def _captions(units: Sequence[Unit], sources: Mapping[str, Source], share: int) -> Iterator[Caption]:
+    """The captions of at most `share` rows of each unit."""
+    for unit in progress(units, description="captions to learn from", unit="units"):
         if unit.cursor is None:
             continue
         source = sources[unit.source]
-        share = min(-(-number // len(chosen)), unit.count)
-        numbered = enumerate(islice(source.rows(unit.cursor), share), unit.first)
+        numbered = enumerate(islice(source.rows(unit.cursor), min(share, unit.count)), unit.first)
         with ThreadPoolExecutor(_READS) as pool:
             for sample in map_ahead(pool, partial(_read, source), numbered, 4 * _READS):
                 if isinstance(sample, Sample) and _wants_lies(sample):

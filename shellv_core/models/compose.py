@@ -7,9 +7,10 @@ write. Only a tower that transformers does not know adds a file: its source, to 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,26 +31,38 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shellv_core.config import nearest
 from shellv_core.errors import ModelError
 from shellv_core.models import efficientnet_lite
+from shellv_core.models.codeshell import is_codeshell_config
 from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
 from shellv_core.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from shellv_core.models.initialization import initialize_for_matching
+from shellv_core.models.processor import ImageInput, make_processor, prepare_tokenizer, stop_ids
 from shellv_core.models.tokenizer import train_tokenizer
-from shellv_core.templates import IMAGE_TOKEN, Template, add_template_tokens, template_named
+from shellv_core.templates import IMAGE_TOKEN, Template
 
 if TYPE_CHECKING:
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
-PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
-# EfficientNet-Lite was trained on (x - 127) / 128 with x in 0..255.
-EFFICIENTNET_LITE_MEAN, EFFICIENTNET_LITE_STD = [127 / 255] * 3, [128 / 255] * 3
+PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "mlp1x_gelu": "linear", "linear": "linear"}
+#: Mean and standard deviation of pixels for each kind of tower; EfficientNet-Lite was trained on (x - 127) / 128 with x
+#: in 0..255.
+PIXEL_STATISTICS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "efficientnet_lite0": ([127 / 255] * 3, [128 / 255] * 3),
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
+TRANSFORMERS_TOWERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+}
 
 
 def build_model(
@@ -65,7 +78,7 @@ def build_model(
     Raises:
         ModelError: if weights or tokenizers cannot be had, parts do not fit together, or an option is unknown.
     """
-    template = template_named(config.template)
+    template = config.conversation_template
     tokenizer = _build_tokenizer(config.tokenizer, texts, template)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,6 +145,13 @@ def calibrate_vision_tower(model: LlavaForConditionalGeneration, pixel_values: I
     tower.set_standardization(values.mean(dim=0), values.std(dim=0).clamp_min(1e-3))
 
 
+def projector_layers(model: LlavaForConditionalGeneration) -> list[nn.Module]:
+    """The linear layers of the projector that are trained, first to last; a linear projector's identity is none."""
+    projector = model.model.multi_modal_projector
+    names = ["linear_1"] if model.config.projector_hidden_act == "linear" else ["linear_1", "linear_2"]
+    return [projector.get_submodule(name) for name in names]
+
+
 def num_image_tokens(model: LlavaForConditionalGeneration) -> int:
     """Tokens that one picture takes in the language model."""
     return int(model.config.image_seq_length)
@@ -149,21 +169,19 @@ def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str], template: Te
             f"the tokenizer {config.pretrained!r} is not usable: a fast tokenizer (tokenizer.json) with an end-of-text"
             " token is needed."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    add_template_tokens(tokenizer, template)
-    tokenizer.padding_side = "left"
+    prepare_tokenizer(tokenizer, template)
     return tokenizer
 
 
 def _build_vision_tower(config: VisionTowerConfig) -> PreTrainedModel:
     if config.kind == "efficientnet_lite0":
         return _build_efficientnet(config)
+    config_class, model_class = TRANSFORMERS_TOWERS[config.kind]
     if config.pretrained is None:
         options = {"image_size": config.image_size, **config.options}
-        return CLIPVisionModel(_new_config(CLIPVisionConfig, options, "vision_tower.options"))
+        return model_class(_new_config(config_class, options, "vision_tower.options"))
     try:
-        tower = CLIPVisionModel.from_pretrained(config.pretrained, dtype=torch.float32)
+        tower = model_class.from_pretrained(config.pretrained, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ModelError(_unavailable("vision tower", config.pretrained, error)) from error
     if tower.config.image_size != config.image_size:
@@ -241,6 +259,7 @@ def _build_language_model(config: LanguageModelConfig, tokenizer: PreTrainedToke
 
 
 def _load_language_model(name: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    _refuse_codeshell(name)
     try:
         text_config = AutoConfig.from_pretrained(name)
         if text_config.model_type != model_type:
@@ -255,6 +274,20 @@ def _load_language_model(name: str, model_type: str, tokenizer: PreTrainedTokeni
     if len(tokenizer) > len(model.get_input_embeddings().get_parameter("weight")):
         model.resize_token_embeddings(len(tokenizer))
     return model
+
+
+def _refuse_codeshell(name: str) -> None:
+    file = Path(name) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}.") from None
+    if is_codeshell_config(config):
+        raise ModelError(
+            f"{name} is a CodeShell model, which transformers knows as Starcoder2 only. Run `shellv model convert"
+            f" {name} {name.rstrip('/')}-starcoder2` and give that directory as language_model.pretrained and"
+            " tokenizer.pretrained."
+        )
 
 
 def _new_config(config_class: type[AnyConfig], options: dict[str, Any], where: str) -> AnyConfig:
@@ -299,18 +332,10 @@ def _compose(
         raise ModelError(f"{type(language_model).__name__} does not fit into LLaVA: nothing sets {left}.")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_stop_ids(tokenizer, template_named(config.template)),
+        eos_token_id=stop_ids(tokenizer, config.conversation_template),
         pad_token_id=tokenizer.pad_token_id,
     )
     return model.eval()
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | list[int]:
-    """The ids that end an answer: the end-of-text token, and the template's end marker where that is one token."""
-    eos: int = tokenizer.eos_token_id
-    stops = [text for text in template.stop_strings if text in template.markers]
-    ends: Any = tokenizer.convert_tokens_to_ids(stops)
-    return [eos, *ends] if ends else eos
 
 
 def _build_projector(config: LlavaConfig) -> LlavaMultiModalProjector:
@@ -320,6 +345,8 @@ def _build_projector(config: LlavaConfig) -> LlavaMultiModalProjector:
     for linear in (projector.linear_1, projector.linear_2):
         nn.init.normal_(linear.weight, std=getattr(config.text_config, "initializer_range", 0.02))
         nn.init.zeros_(linear.bias)
+    if config.projector_hidden_act == "linear":
+        nn.init.eye_(projector.linear_2.weight)
     return projector
 
 
@@ -335,30 +362,23 @@ def _build_processor(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
 ) -> LlavaProcessor:
-    is_clip = config.kind == "clip"
+    mean, std = PIXEL_STATISTICS[config.kind]
     tower_config: Any = model.config.vision_config
-    size = tower_config.image_size
-    image_processor = LlavaImageProcessorPil(
-        do_pad=True,
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(config.image_mean or (OPENAI_CLIP_MEAN if is_clip else EFFICIENTNET_LITE_MEAN)),
-        image_std=list(config.image_std or (OPENAI_CLIP_STD if is_clip else EFFICIENTNET_LITE_STD)),
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
+    image = ImageInput(
+        size=tower_config.image_size,
         patch_size=tower_config.patch_size,
-        vision_feature_select_strategy=config.select_strategy,
-        chat_template=template.bound(tokenizer).chat_template(),
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=int(is_clip),
+        mean=config.image_mean or mean,
+        std=config.image_std or std,
+        select_strategy=config.select_strategy,
+        has_class_token=config.kind == "clip",
     )
+    return make_processor(tokenizer, template, image)
 
 
 def _unavailable(part: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"the {part} {name!r} is not available here: {reason} Give a local directory, or download it first"
-        " (hf download) on a machine that reaches the hub."
+        " (hf download) on a machine that reaches the hub. A CodeShell or Shell model is to be converted then, with"
+        " `shellv model convert`."
     )

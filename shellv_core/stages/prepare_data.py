@@ -123,7 +123,7 @@ def write(config: PrepareDataConfig, units: str) -> str:
 
     Raises:
         ConfigError: if `units` is no such range.
-        DataError: if there is no such plan, or more rows are bad than allowed; nothing is left at the output then.
+        DataError: if there is no such plan, or more rows are bad than allowed.
     """
     from shellv_core.data.preparation import write_units
     from shellv_core.errors import ConfigError
@@ -136,11 +136,11 @@ def write(config: PrepareDataConfig, units: str) -> str:
     output, _ = open_stage("prepare_data", config, {}, CODE)
     if output.finished() is not None:
         return stamp
-    with aborting(output):
-        output.begin()
-        plan, learned = _plan_at(config, output, None)
-        work = work_folder("prepare_data", output)
-        write_units(config, config.seed, plan, output, work, plan.units[first:stop], config.num_workers, learned)
+    # A failure leaves the folder as it is: other tasks may be writing to it.
+    output.begin()
+    plan, learned = _plan_at(config, output, None)
+    work = work_folder("prepare_data", output)
+    write_units(config, config.seed, plan, output, work, plan.units[first:stop], config.num_workers, learned)
     return stamp
 
 

@@ -87,13 +87,12 @@ def _build(config: PretrainProjectorConfig, data: TrainingData) -> tuple[LlavaFo
     from itertools import islice
 
     from shellv_core.models.compose import build_model, calibrate_vision_tower
-    from shellv_core.templates import template_named
     from shellv_core.training.examples import image_bytes
     from shellv_core.training.features import pixel_batches
     from shellv_core.training.fit import tokenizer_texts
 
     model, processor = build_model(
-        config.model, tokenizer_texts(data.read(), template_named(config.model.template)), config.seed
+        config.model, tokenizer_texts(data.read(), config.model.conversation_template), config.seed
     )
     if config.model.vision_tower.standardize:
         images = islice(image_bytes(data.read()), CALIBRATION_IMAGES)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from shellv_core.errors import TrainingError
+from shellv_core.models.compose import projector_layers
 from shellv_core.progress import Progress
 from shellv_core.training.config import AlignmentConfig
 from shellv_core.training.examples import Examples
@@ -55,18 +56,18 @@ def align_words(
         TrainingError: if no caption holds a word to learn from, or the loss is not finite.
     """
     images, targets, token_ids = caption_words(examples, config.min_captions, config.max_share)
-    projector = model.model.multi_modal_projector
+    projector, layers = model.model.multi_modal_projector, torch.nn.ModuleList(projector_layers(model))
     device = model.device
     all_embeddings = model.get_input_embeddings().get_parameter("weight").detach().float()
     embeddings = functional.normalize(all_embeddings[torch.from_numpy(token_ids).to(device)], dim=-1)
     optimizer = torch.optim.AdamW(
-        projector.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
+        layers.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
     )
     per_epoch = max(len(images) // config.batch_size, 1)
     total = config.epochs * per_epoch
     generator = np.random.default_rng([seed, len(images)])
     metrics: dict[str, float] = {}
-    with _trainable(projector), Progress(total, "aligning words", "steps") as counter:
+    with _trainable(layers), Progress(total, "aligning words", "steps") as counter:
         for epoch in range(config.epochs):
             loss_sum, hits, named, present = 0.0, 0.0, 0.0, 0.0
             order = generator.permutation(len(images))[: per_epoch * config.batch_size]
@@ -95,7 +96,7 @@ def align_words(
                 counter.update(1, loss=loss.item())
             metrics = {"alignment_loss": loss_sum, "alignment_f1": 2 * hits / max(named + present, 1.0)}
             log(metrics, epoch)
-        _match_norms(projector, features.gather(images[:NORM_IMAGES]).to(device).float(), all_embeddings)
+        _match_norms(projector, layers[-1], features.gather(images[:NORM_IMAGES]).to(device).float(), all_embeddings)
     return metrics
 
 
@@ -111,9 +112,11 @@ def _trainable(module: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _match_norms(projector: torch.nn.Module, features: torch.Tensor, embeddings: torch.Tensor) -> None:
+def _match_norms(
+    projector: torch.nn.Module, last: torch.nn.Module, features: torch.Tensor, embeddings: torch.Tensor
+) -> None:
     ratio = embeddings.norm(dim=-1).median() / projector(features).norm(dim=-1).mean()
-    for parameter in projector.get_submodule("linear_2").parameters():
+    for parameter in last.parameters():
         parameter.mul_(ratio)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from shellv_core.config import fingerprint
 from shellv_core.errors import TrainingError
 from shellv_core.logs import get_logger
+from shellv_core.models.compose import projector_layers
 from shellv_core.progress import Progress
 from shellv_core.training.batches import (
     Batch,
@@ -199,7 +200,8 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
     module.requires_grad_(False)
     inner = module.model
     if "projector" in config.trainable:
-        inner.model.multi_modal_projector.requires_grad_(True)
+        for layer in projector_layers(inner):
+            layer.requires_grad_(True)
     if "language_model" in config.trainable:
         inner.model.language_model.requires_grad_(True)
         inner.lm_head.requires_grad_(True)

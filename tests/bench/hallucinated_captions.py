@@ -1,7 +1,7 @@
 """The rule generator on Hal-Eval's captions, beside GPT-4's rewrites of the same captions.
 
     python -m tests.bench.hallucinated_captions ../shared/benchmarks/hal_eval/in_domain_evaluation.json \
-        --more ../shared/benchmarks/hal_eval/out_of_domain_evaluation.json
+        ../shared/benchmarks/hal_eval/out_of_domain_evaluation.json
 
 Writes OUTPUT.md and OUTPUT.json: how many captions get all four types, the rate on one core, what the filter rejected,
 the comparison with GPT-4, and a sample to read. All figures of one file come from one process.
@@ -33,6 +33,8 @@ GPT_4 = {
 }
 WORD = re.compile(r"\w+")
 PER_TYPE = 10
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "benchmarks" / "hal_eval"
+FILES = ("in_domain_evaluation.json", "out_of_domain_evaluation.json")
 Pairs = dict[str, list[tuple[str, str]]]
 
 
@@ -42,7 +44,7 @@ def run(path: Path, seed: int) -> dict:
     config = HallucinationConfig(seed=seed)
     generator = build_generator(config)
     start = time.process_time()
-    state = generator.fit(captions)
+    state = generator.fit(captions, complete=True)
     fit_seconds = time.process_time() - start
     counts = RewriteCounts()
     start = time.process_time()
@@ -89,7 +91,7 @@ def unbalanced(captions: Sequence[Caption], seed: int) -> Pairs:
     base = HallucinationConfig(seed=seed)
     config = base.model_copy(update={"rules": base.rules.model_copy(update={"num_rounds": 0, "num_batch_rounds": 0})})
     generator = build_generator(config)
-    return pairs_by_type(list(generator.rewrite(captions, generator.fit(captions), RewriteCounts())))
+    return pairs_by_type(list(generator.rewrite(captions, generator.fit(captions, complete=True), RewriteCounts())))
 
 
 def compare(pairs: Pairs, seed: int) -> dict[str, dict]:
@@ -221,13 +223,14 @@ def _listed(counts: dict[str, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("captions", type=Path, help="Hal-Eval's JSON")
-    parser.add_argument("--more", type=Path, nargs="*", default=[], help="further files of the format")
+    parser.add_argument(
+        "captions", type=Path, nargs="*", default=[SHARED / name for name in FILES], help="Hal-Eval's JSON"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs/hallucinated-captions"))
     arguments = parser.parse_args()
     results = []
-    for path in (arguments.captions, *arguments.more):
+    for path in arguments.captions:
         results.append(run(path, arguments.seed))
         print(json.dumps({key: value for key, value in results[-1].items() if key != "sample"}, indent=1))
     target = arguments.output.with_suffix(".md")

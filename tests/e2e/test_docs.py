@@ -9,12 +9,13 @@ import shlex
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from shellv_core.cli import main
+from shellv_core.cli import _parser, main
 from shellv_core.data.config import ROW_SOURCES
+from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.storage import read_manifest
 from shellv_core.templates import TEMPLATES
 from tests.data.photos import photo_like_jpeg
@@ -50,11 +51,27 @@ def test_every_command_works(
 
 
 def test_the_tables_are_complete_and_links_lead_somewhere() -> None:
-    assert re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE) == list(ROW_SOURCES)
+    generators = get_args(HallucinationConfig.model_fields["generator"].annotation)
+    assert re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE) == [*ROW_SOURCES, *generators]
     for name in TEMPLATES:
         assert f"`{name}`" in DOCUMENT
     for path in re.findall(r"\]\((?!http)([^)]+)\)", DOCUMENT):
         assert (REPOSITORY / "docs" / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "docs/data.md"])
+def test_every_command_is_one_that_the_program_takes(name: str) -> None:
+    text = (REPOSITORY / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^shellv .*$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        _, *arguments = shlex.split(line, comments=True)
+        # Of alternatives (llava|shellv) the first.
+        arguments = [argument.partition("|")[0] for argument in arguments]
+        try:
+            _parser(arguments[0]).parse_args(arguments)
+        except SystemExit as stop:
+            pytest.fail(f"{name}: {line!r} is not understood (exit code {stop.code})")
 
 
 def make_everything(folder: Path) -> None:

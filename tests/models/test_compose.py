@@ -102,12 +102,86 @@ def test_same_texts_same_tokenizer():
     assert len(outputs) == 1
 
 
-def test_linear_projector_is_linear():
-    config = tiny_model_config().model_copy(update={"projector": "linear"})
-    projector = build_model(config, ["text"])[0].model.multi_modal_projector
-    x, y = torch.randn(2, 3, projector.linear_1.in_features)
+@pytest.mark.parametrize("name", ["linear", "mlp1x_gelu"])
+def test_a_linear_projector_is_one_linear_layer(name):
+    """As LLaVA's: in the stock class the second layer is the identity, and no training moves it."""
+    from shellv_core.models.config import LoraConfig
+    from shellv_core.models.lora import add_lora
+    from shellv_core.training.config import TrainingConfig
+    from shellv_core.training.loop import set_trainable
+    from shellv_core.training.model import TrainingModel
+
+    config = tiny_model_config().model_copy(update={"projector": name})
+    model, _ = build_model(config, ["text"])
+    projector = model.model.multi_modal_projector
+    x = torch.randn(3, projector.linear_1.in_features)
     with torch.no_grad():
-        torch.testing.assert_close(projector(x) + projector(y), projector(x + y) + projector(0 * x))
+        assert torch.equal(projector(x), projector.linear_1(x))
+    assert projector.linear_1.weight.std() > 0
+    set_trainable(TrainingModel(model), TrainingConfig())
+    trained = [each for each, parameter in projector.named_parameters() if parameter.requires_grad]
+    assert trained == ["linear_1.weight", "linear_1.bias"]
+    adapted = add_lora(model, LoraConfig())
+    trained = {
+        each for each, parameter in adapted.named_parameters() if parameter.requires_grad and "lora_" not in each
+    }
+    assert {each.split("default.")[1] for each in trained} == {"linear_1.weight", "linear_1.bias"}
+
+
+SIGLIP = VisionTowerConfig(
+    kind="siglip",
+    pretrained=None,
+    standardize=False,
+    image_size=28,
+    feature_layer=-2,
+    options=CLIP.options,
+)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("layer", [-1, -3])
+def test_any_layer_of_clip_with_and_without_its_class_token(tmp_path, layer, strategy):
+    vision_tower = CLIP.model_copy(update={"feature_layer": layer, "select_strategy": strategy})
+    model, processor = tiny_model(vision_tower)
+    save_model(model, processor, tmp_path)
+    model, processor = load_model(tmp_path)
+    batch = inputs(processor)
+    count = 4 + (strategy == "full")
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == count == model.config.image_seq_length
+    tower = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+    expected = model.model.multi_modal_projector(tower.hidden_states[layer][:, strategy == "default" :])
+    torch.testing.assert_close(torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output), expected[0])
+    assert model.generate(**batch, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3
+
+
+def test_siglip_has_no_class_token_and_its_own_pixels(tmp_path):
+    model, processor = tiny_model(SIGLIP)
+    save_model(model, processor, tmp_path)
+    loaded, processor = load_model(tmp_path)
+    assert type(loaded.model.vision_tower).__name__ == "SiglipVisionModel"
+    assert list(processor.image_processor.image_mean) == list(processor.image_processor.image_std) == [0.5] * 3
+    batch = inputs(processor)
+    assert (batch["input_ids"] == loaded.config.image_token_id).sum() == 4
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    loaded.model.vision_tower.save_pretrained(tmp_path / "tower")
+    again = SIGLIP.model_copy(update={"pretrained": str(tmp_path / "tower"), "options": {}})
+    built, _ = tiny_model(again)
+    expected = model.model.vision_tower.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in built.model.vision_tower.state_dict().items())
+
+
+def test_start_and_end_tokens_around_an_image(tmp_path):
+    config = tiny_model_config(CLIP).model_copy(update={"image_start_end": True})
+    model, processor = build_model(config, ["a dog"], seed=0)
+    save_model(model, processor, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert template_of(processor) == config.conversation_template
+    ids = inputs(processor)["input_ids"][0].tolist()
+    start = ids.index(processor.tokenizer.convert_tokens_to_ids("<im_start>"))
+    assert ids[start + 1 : start + 5] == [model.config.image_token_id] * 4
+    assert ids[start + 5] == processor.tokenizer.convert_tokens_to_ids("<im_end>")
+    assert len(model.get_input_embeddings().weight) == len(processor.tokenizer)
 
 
 def test_missing_and_extra_weights_are_refused(tmp_path):
@@ -171,6 +245,19 @@ def test_impossible_models_are_refused(part, message):
         ({"language_model": {"pretrained": "x"}}, "needs its tokenizer"),
         ({"language_model": {"pretrained": "x", "options": {"a": 1}}, "tokenizer": {"pretrained": "x"}}, "options"),
         ({"vision_tower": {"knd": "clip"}}, "did you mean 'kind'"),
+        (
+            {
+                "vision_tower": {
+                    "kind": "siglip",
+                    "pretrained": None,
+                    "standardize": False,
+                    "select_strategy": "default",
+                }
+            },
+            "siglip tower has no class token",
+        ),
+        ({"projector": "mlp3x_gelu"}, "two linear layers.*linear, mlp1x_gelu, mlp2x_gelu"),
+        ({"projector": "mlp2_gelu"}, "did you mean 'mlp2x_gelu'"),
     ],
 )
 def test_contradicting_settings_are_refused(values, message):

@@ -18,8 +18,8 @@ class RulesConfig(Config):
     num_fit_captions: int = Field(default=20_000, ge=100)  # captions that the statistics are learnt from
     num_candidates: int = Field(default=48, ge=2)  # rewrites per caption and type between which the choice falls
     num_rounds: int = Field(default=250, ge=0)  # steps of the adversarial balancing; 0 leaves it out
-    #: The same over the captions that are rewritten together, from what was learnt of the corpus; 0 leaves it out, and
-    #: then a caption's lies do not depend on the captions beside it.
+    #: The same over the captions that are rewritten together, where there are more than were learnt from. With 0, or
+    #: where all were learnt from, a caption's lies do not depend on the captions beside it.
     num_batch_rounds: int = Field(default=60, ge=0)
     regularization: float = Field(default=1e-5, ge=0.0)  # pull of the balance towards the plain statistics
     batch_size: int = Field(default=256, ge=1)  # captions per parser call

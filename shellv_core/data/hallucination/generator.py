@@ -24,8 +24,12 @@ from shellv_core.errors import DataError
 class CaptionRewriter(Protocol):
     """Makes hallucinated captions."""
 
-    def fit(self, captions: Iterable[Caption]) -> bytes:
-        """Learn what `rewrite` needs from a sample of the corpus; JSON, b"" where nothing is learnt."""
+    def fit(self, captions: Iterable[Caption], complete: bool = False) -> bytes:
+        """Learn what `rewrite` needs from a sample of the corpus; JSON, b"" where nothing is learnt.
+
+        Args:
+            complete: whether these are all captions that will be rewritten.
+        """
         ...
 
     def rewrite(self, captions: Iterable[Caption], state: bytes, counts: RewriteCounts) -> Iterator[RewrittenCaption]:
@@ -80,8 +84,8 @@ class _Rules:
         self._generator = RuleGenerator(config)
         self._read: tuple[bytes, Any] = (b"", None)
 
-    def fit(self, captions: Iterable[Caption]) -> bytes:
-        return self._generator.fit(captions).to_json()
+    def fit(self, captions: Iterable[Caption], complete: bool = False) -> bytes:
+        return self._generator.fit(captions, complete).to_json()
 
     def rewrite(self, captions: Iterable[Caption], state: bytes, counts: RewriteCounts) -> Iterator[RewrittenCaption]:
         if self._read[0] != state or not state:
@@ -93,7 +97,7 @@ class _Asked:
     def __init__(self, generator: LanguageModelGenerator) -> None:
         self._generator = generator
 
-    def fit(self, captions: Iterable[Caption]) -> bytes:
+    def fit(self, captions: Iterable[Caption], complete: bool = False) -> bytes:
         return b""
 
     def rewrite(self, captions: Iterable[Caption], state: bytes, counts: RewriteCounts) -> Iterator[RewrittenCaption]:

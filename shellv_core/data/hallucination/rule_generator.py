@@ -33,6 +33,7 @@ class RewriterState:
     statistics: CorpusStatistics
     potentials: dict[str, dict[int, float]]
     settings: str  # fingerprint of the settings that it was learnt with
+    complete: bool  # whether the sample is all captions that there are
 
     def to_json(self) -> bytes:
         """Canonical JSON: equal states give equal bytes."""
@@ -40,6 +41,7 @@ class RewriterState:
             {
                 "format": _FORMAT,
                 "settings": self.settings,
+                "complete": self.complete,
                 "statistics": self.statistics.to_record(),
                 "potentials": {
                     kind: {str(name): value for name, value in sorted(values.items())}
@@ -63,7 +65,8 @@ class RewriterState:
                 kind: {int(name): float(value) for name, value in values.items()}
                 for kind, values in record["potentials"].items()
             }
-            return cls(CorpusStatistics.from_record(record["statistics"]), potentials, record["settings"])
+            statistics = CorpusStatistics.from_record(record["statistics"])
+            return cls(statistics, potentials, record["settings"], record["complete"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"this is no state of the caption rewriter ({error!r}); fit it again.") from None
 
@@ -75,8 +78,11 @@ class RuleGenerator:
         self._config = config
         self._parser = Parser(config.rules.batch_size)
 
-    def fit(self, captions: Iterable[Caption]) -> RewriterState:
+    def fit(self, captions: Iterable[Caption], complete: bool = False) -> RewriterState:
         """Learn from the first `rules.num_fit_captions` captions; deterministic.
+
+        Args:
+            complete: whether these are all captions that will be rewritten.
 
         Raises:
             DataError: if there are no captions.
@@ -100,7 +106,7 @@ class RuleGenerator:
                 potentials[kind] = fit_potentials(
                     proposals, self._config.rules.num_rounds, self._config.rules.regularization
                 )
-        return RewriterState(statistics, potentials, self._settings())
+        return RewriterState(statistics, potentials, self._settings(), complete)
 
     def read_state(self, data: bytes) -> RewriterState:
         """Read what `RewriterState.to_json` wrote.
@@ -120,7 +126,7 @@ class RuleGenerator:
     ) -> Iterator[RewrittenCaption]:
         """Yield each caption with its rewrites, in order; `counts` is added to.
 
-        The captions are balanced together, 1,024 at a time: the lies depend on which captions come in one call.
+        Where the state has not seen all captions, those of a call are balanced together, 1,024 at a time.
         """
         rules = self._rules(state.statistics)
         iterator = iter(captions)
@@ -133,11 +139,10 @@ class RuleGenerator:
         parsed = list(self._parsed(chunk))
         slots: list[_Slot] = []
         settings = self._config.rules
+        num_rounds = 0 if state.complete else settings.num_batch_rounds
         for kind in self._config.types:
             proposals = [Proposals.of(rules.propose(caption, kind)) for caption in parsed]
-            potentials = fit_potentials(
-                proposals, settings.num_batch_rounds, settings.regularization, state.potentials.get(kind, {})
-            )
+            potentials = fit_potentials(proposals, num_rounds, settings.regularization, state.potentials.get(kind, {}))
             for index, (caption, proposed) in enumerate(zip(parsed, proposals, strict=True)):
                 chosen = choose(proposed, potentials, self._config.seed, f"{kind}\0{caption.text}")
                 slots.append(_Slot(index, kind, chosen[:_MAX_ATTEMPTS]))
