@@ -1,4 +1,4 @@
-"""Runs the benches of the data side and writes what they print to docs/data-figures.md.
+"""Runs the benches of data and training and writes what they print to docs/data-figures.md.
 
 ``python -m tests.bench.data_figures [NAME ...]`` runs all of them, or the named ones and keeps the others' figures.
 """
@@ -20,8 +20,10 @@ BENCHES = {
     "sources": "Passing over a source, verifying images",
     "reading": "Reading, decoding, tokenizing and packing",
     "packing": "Token share and shuffle of packed plans",
+    "packed_training": "Training from packs",
+    "hacl_step": "A HACL step in one pass",
 }
-HEADER = """# Figures of the data side
+HEADER = """# Figures of data and training
 
 Written by `python -m tests.bench.data_figures` (`make bench-data`). Ratios have both sides in one run; absolute figures
 are those of the machine named below each.
