@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shellv_core.data.samples import HallucinatedCaption, Sample, SampleObject
-from shellv_core.data.shards import count_samples, read_shards, shard_name, write_shard
+from shellv_core.data.shards import ShardWriter, count_samples, read_shards, shard_name, write_shard
 from shellv_core.errors import DataError, IntegrityError
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
 from tests.data.shard_folder import shard_folder
@@ -97,3 +98,19 @@ def test_a_foreign_record_is_an_error() -> None:
         Sample.from_json("k", b"[]")
     with pytest.raises(DataError, match="has no image"):
         Sample.from_json("a-0", SAMPLES[0].to_json())
+
+
+def test_the_bytes_are_those_of_webdatasets_own_writer(tmp_path: Path) -> None:
+    import webdataset
+
+    with ShardWriter(tmp_path / "ours.tar") as writer:
+        for sample in SAMPLES:
+            writer.write(sample)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0) as other:
+        for sample in SAMPLES:
+            image = {} if sample.image is None else {sample.image_format: sample.image}
+            other.write({"__key__": sample.key, "json": sample.to_json(), **image})
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+    assert writer.sha256 == hashlib.sha256((tmp_path / "ours.tar").read_bytes()).hexdigest()
+    with ShardWriter(tmp_path / "long.tar") as writer, pytest.raises(DataError, match="does not fit into a tar"):
+        writer.write(replace(SAMPLES[0], key="k" * 99))
