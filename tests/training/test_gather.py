@@ -14,7 +14,7 @@ def found(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         torch.multiprocessing.spawn(ranks.work, (str(folder),), nprocs=ranks.WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks.WORLD)]
 
 
 def mean(values):
