@@ -132,11 +132,11 @@ def _text(sample: Sample, args: argparse.Namespace, colored: bool) -> str:
 
 def _previews(conversations: Sequence[list[dict[str, str]]], args: argparse.Namespace, colored: bool) -> list[str]:
     from shellv_core.data.conversation import preview
-    from shellv_core.templates import add_template_tokens, template_named
+    from shellv_core.data.encoder import load_tokenizer
+    from shellv_core.templates import template_named
 
     template = template_named(args.template)
-    tokenizer = _tokenizer(args.tokenizer)
-    add_template_tokens(tokenizer, template)
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", template)
     shown = []
     for conversation in conversations:
         tokens = preview(conversation, tokenizer, template)
@@ -147,13 +147,3 @@ def _previews(conversations: Sequence[list[dict[str, str]]], args: argparse.Name
         text = "".join(marks[key][0] + "".join(token for token, _ in span) + marks[key][1] for key, span in spans)
         shown += [f"{len(tokens)} tokens, the image counting as one; {trained} trained on:", text]
     return shown
-
-
-def _tokenizer(address: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - transformers stays unimported
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(address)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--tokenizer={address!r} cannot be loaded: {reason} Give a tokenizer's directory.") from None

@@ -13,6 +13,8 @@ import numpy as np
 
 from shellv_core.data.conversation import encode_conversations
 from shellv_core.data.samples import IMAGE_TOKEN, Conversation, Sample, sample_conversations
+from shellv_core.errors import ConfigError
+from shellv_core.templates import Template, add_template_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,23 @@ _PROBE: list[Conversation] = [
     ],
     [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}],
 ]
+
+
+def load_tokenizer(address: str, setting: str, template: Template) -> PreTrainedTokenizerBase:
+    """The tokenizer at `address` (a directory or hub id), with the template's special tokens.
+
+    Raises:
+        ConfigError: if it cannot be loaded; `setting` names what the user gave.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(address)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{setting}={address!r} cannot be loaded: {reason} Give a tokenizer's directory.") from None
+    add_template_tokens(tokenizer, template)
+    return tokenizer
 
 
 class Encode(Protocol):

@@ -98,18 +98,11 @@ def token_encoder(config: TokensConfig) -> ConversationEncoder:
     Raises:
         ConfigError: if the tokenizer cannot be loaded or the template does not exist.
     """
-    from transformers import AutoTokenizer
-
-    from shellv_core.data.encoder import ConversationEncoder
-    from shellv_core.templates import IMAGE_TOKEN, add_template_tokens, template_named
+    from shellv_core.data.encoder import ConversationEncoder, load_tokenizer
+    from shellv_core.templates import IMAGE_TOKEN, template_named
 
     template = template_named(config.template)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"tokens.tokenizer={config.tokenizer!r} cannot be loaded: {reason}") from None
-    add_template_tokens(tokenizer, template)
+    tokenizer = load_tokenizer(config.tokenizer, "tokens.tokenizer", template)
     encode = partial(encode_conversations, template=template)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return ConversationEncoder(tokenizer, image_token_id, encode=encode)
