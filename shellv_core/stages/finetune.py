@@ -53,6 +53,7 @@ def run(config: FinetuneConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -88,6 +89,7 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.work,
         run.log_metrics,
         "finetune",
+        checkpoint_address=run.checkpoints,
     )
     module.to("cpu")
     if adapted is None:
