@@ -35,8 +35,15 @@ class PackedFeed:
     """The steps of a loader; see `loop.Feed`."""
 
     def __init__(
-        self, module: TrainingModel, processor: LlavaProcessor, loader: PackedLoader, config: TrainingConfig
+        self,
+        module: TrainingModel,
+        processor: LlavaProcessor,
+        loader: PackedLoader,
+        config: TrainingConfig,
+        lengths: np.ndarray,
     ) -> None:
+        """Take the loader, and the tokens of all its conversations for who asks."""
+        self.lengths = lengths
         self.module, self.processor, self.loader, self.config = module, processor, loader, config
         self.total = _total_steps(loader, config)
         image_processor = processor.image_processor
@@ -143,7 +150,7 @@ def packed_feed(
             num_workers=config.pack_workers,
             too_long="cut",
         )
-        yield PackedFeed(module, processor, loader, config)
+        yield PackedFeed(module, processor, loader, config, lengths)
 
 
 def pack_sizes(lengths: np.ndarray, config: TrainingConfig) -> tuple[int, int]:
