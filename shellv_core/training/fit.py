@@ -24,6 +24,7 @@ from shellv_core.training.config import AlignmentConfig, TrainingConfig
 from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
 from shellv_core.training.loop import TrainingSummary, train, train_from
+from shellv_core.training.memory import check_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
 
@@ -80,8 +81,10 @@ def fit(
         aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
     if config.packing:
         with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+            check_memory(module, config, lengths=feed.lengths)
             summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
     else:
+        check_memory(module, config, examples)
         summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
 
