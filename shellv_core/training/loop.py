@@ -7,6 +7,7 @@ goes on from its last checkpoint and ends with the same weights, bit for bit on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from shellv_core.training.losses.schedule import weight_factor
 from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
+from shellv_core.training.parts import PartName, learning_rates, part_of
 
 logger = get_logger(__name__)
 
@@ -170,8 +172,9 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
         for layer in projector_layers(inner):
             layer.requires_grad_(True)
     if "language_model" in config.trainable:
-        inner.model.language_model.requires_grad_(True)
-        inner.lm_head.requires_grad_(True)
+        for parameter in itertools.chain(inner.model.language_model.parameters(), inner.lm_head.parameters()):
+            # Quantized weights cannot.
+            parameter.requires_grad_(parameter.is_floating_point())
     if module.heads is not None:
         module.heads.requires_grad_(True)
 
@@ -182,16 +185,11 @@ def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.opti
     Raises:
         TrainingError: if nothing is trainable.
     """
-    rates = {
-        "projector": config.projector_learning_rate,
-        "language_model": config.language_model_learning_rate,
-        "heads": module.hacl.learning_rate,
-    }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    rates = learning_rates(module, config)
+    groups: dict[tuple[PartName, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            part = "heads" if name.startswith("heads.") else "projector" if "projector" in name else "language_model"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
     return torch.optim.AdamW(
