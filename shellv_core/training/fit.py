@@ -85,7 +85,7 @@ def fit(
             aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
-                check_memory(module, config, lengths=feed.lengths)
+                check_memory(module, config, pack=feed.largest_pack())
                 summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
         else:
             check_memory(module, config, examples)

@@ -36,6 +36,7 @@ from shellv_core.training.config import HaclConfig, TrainingConfig
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.flops import FlopFormula
+from shellv_core.training.history import HISTORY_NAME, History
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
@@ -145,6 +146,8 @@ def train_from(
         logger.info("%s: going on from step %d of %d", description, first, total)
     module.train()
     tower_runs = config.packing or not config.cache_features
+    highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+    history = History(checkpoint_directory / HISTORY_NAME, first)
     meter = Meter(module.model.device, FlopFormula(module, tower_runs))
     last_log = first
     rates: dict[str, float] = {}
@@ -156,7 +159,10 @@ def train_from(
             rates = meter.rates(feed.seconds_waited())
             counter.update(1, loss=meter.recent[-1]["loss"], **rates)
             if step % config.log_every_steps == 0 or step == total:
-                log({**meter.losses(step - last_log), **rates}, step)
+                learning_rate = highest_rate * learning_rate_factor(step, total, config.warmup_ratio)
+                values = {**meter.losses(step - last_log), **rates, "learning_rate": learning_rate}
+                history.add(step, values)
+                log(values, step)
                 last_log = step
             if step % config.checkpoint_every_steps == 0 or step == total:
                 save_checkpoint(checkpoint_directory, module, optimizer, step, identity, feed.position())

@@ -130,7 +130,7 @@ def largest_batch(
     module: TrainingModel,
     config: TrainingConfig,
     examples: Examples | None = None,
-    lengths: np.ndarray | None = None,
+    pack: tuple[int, int] | None = None,
     num_devices: int = 1,
 ) -> Batch | PackedRow:
     """The largest batch or pack that a device gets in a forward pass, without data.
@@ -138,17 +138,18 @@ def largest_batch(
     Args:
         examples: what is trained on in padded batches; without it, conversations of `config.max_length` with a picture
             each.
-        lengths: with packing, tokens of all conversations; without it they have a usual length.
+        pack: with packing, tokens and conversations of the largest pack; without it, conversations of a usual length.
         num_devices: that share a step.
     """
     model = module.model
     image_tokens = int(model.config.image_seq_length)
     if config.packing:
-        if lengths is None:
-            lengths = np.full(config.global_batch_size, min(config.max_length, image_tokens + TEXT_TOKENS))
-        tokens, _ = pack_sizes(lengths, config)
-        mean = int(np.minimum(lengths, config.max_length).mean())
-        examples = imagined_examples(module, [mean] * max(tokens // max(mean, image_tokens + 2), 1))
+        if pack is None:
+            length = min(config.max_length, image_tokens + TEXT_TOKENS)
+            tokens, _ = pack_sizes(np.full(config.global_batch_size, length), config)
+            pack = tokens, max(tokens // length, 1)
+        tokens, number = pack
+        examples = imagined_examples(module, [tokens // number] * number)
         return _imagined_pack(module, config, examples)
     rows = config.micro_batch_size or -(-config.global_batch_size // num_devices)
     if examples is None:
@@ -209,20 +210,20 @@ def check_memory(
     module: TrainingModel,
     config: TrainingConfig,
     examples: Examples | None = None,
-    lengths: np.ndarray | None = None,
+    pack: tuple[int, int] | None = None,
     num_devices: int = 1,
     zero_stage: int = 0,
 ) -> MemoryEstimate:
     """Log what a run will take against what its device has.
 
     Args:
-        examples, lengths: see `largest_batch`.
+        examples, pack: see `largest_batch`.
 
     Raises:
         ConfigError: if it cannot fit, the estimate's tolerance granted, and `config.check_memory` is on.
     """
     device = module.model.device
-    batch = largest_batch(module, config, examples, lengths, num_devices)
+    batch = largest_batch(module, config, examples, pack, num_devices)
     estimate = estimate_memory(module, config, batch, device.type, num_devices, zero_stage)
     capacity = device_memory(device)
     logger.info("memory: about %s of %s GB on %s", estimate.describe(), _gb(capacity), device)
@@ -326,8 +327,10 @@ def _pass_peak(
             else:
                 eager = device_type == "cpu" and config.precision == "bf16"  # see PaddedFeed.attention
                 language_model.set_attn_implementation("eager" if eager else "sdpa")
-            if getattr(config, "gradient_checkpointing", False):
-                language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            if config.gradient_checkpointing:
+                options = {"use_reentrant": False}
+                language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+                language_model.disable_input_require_grads()
             tracker = stack.enter_context(_Tracker(fake))
             tracker.part = "vision"
             data = _fake_batch(batch)
@@ -447,7 +450,7 @@ def _fake_tensors(bare: nn.Module) -> None:
 
 
 def _unquantize(language_model: nn.Module, bf16: bool) -> None:
-    """Plain frozen layers in place of quantized ones, or of those to be imagined so: neither keeps weights in a pass."""
+    """Plain frozen layers in place of quantized ones, or of those to be imagined so, as a pass keeps none of their weights."""
     for parent in list(language_model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or not _frozen(child):
@@ -547,9 +550,7 @@ def _imagined_pack(module: TrainingModel, config: TrainingConfig, examples: Exam
     if count:
         shape = (count, model.config.image_seq_length, _tower_width(model))
         features = torch.empty(shape, dtype=_feature_dtype(module, config), device="meta")
-    return make_row(
-        pack, features, model.config.image_token_id, module.eos_token_id or 0, contrast, config.loss_chunk
-    )
+    return make_row(pack, features, model.config.image_token_id, module.eos_token_id or 0, contrast, config.loss_chunk)
 
 
 def _feature_dtype(module: TrainingModel, config: TrainingConfig) -> torch.dtype:

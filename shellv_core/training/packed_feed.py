@@ -30,20 +30,15 @@ from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row, pack_contrast
 from shellv_core.training.pairs import ContrastBatch
 
+PACKS_LOOKED_AT = 2000
+
 
 class PackedFeed:
     """The steps of a loader; see `loop.Feed`."""
 
     def __init__(
-        self,
-        module: TrainingModel,
-        processor: LlavaProcessor,
-        loader: PackedLoader,
-        config: TrainingConfig,
-        lengths: np.ndarray,
+        self, module: TrainingModel, processor: LlavaProcessor, loader: PackedLoader, config: TrainingConfig
     ) -> None:
-        """Take the loader, and the tokens of all its conversations for who asks."""
-        self.lengths = lengths
         self.module, self.processor, self.loader, self.config = module, processor, loader, config
         self.total = _total_steps(loader, config)
         image_processor = processor.image_processor
@@ -62,6 +57,11 @@ class PackedFeed:
                     yield StepData(self._parts(packs, step), sum(map(_num_labels, packs)))
                     if step == self.total:
                         break
+
+    def largest_pack(self) -> tuple[int, int]:
+        """Tokens of a full pack, and the most documents that one of the first epoch's first packs has."""
+        plan = self.loader.plan(0)
+        return self.loader.max_length, max(len(plan.pack(each)) for each in range(min(plan.num_packs, PACKS_LOOKED_AT)))
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""
@@ -150,7 +150,7 @@ def packed_feed(
             num_workers=config.pack_workers,
             too_long="cut",
         )
-        yield PackedFeed(module, processor, loader, config, lengths)
+        yield PackedFeed(module, processor, loader, config)
 
 
 def pack_sizes(lengths: np.ndarray, config: TrainingConfig) -> tuple[int, int]:

@@ -3,8 +3,8 @@
     python -m tests.bench.memory
 
 Measured is what the process's resident memory rises over its level at the start of training (the kernel's own mark,
-reset there), so gradients, the optimizer's state and the passes; the weights are there before. The allocator gives every
-block above 64 KiB back at once, by its environment variable, which the program sets itself before it starts anew.
+reset there), so gradients, the optimizer's state and the passes; the weights are there before. The allocator gives
+every block above 64 KiB back at once, by its environment variable, which the program sets before it starts anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "
 STEPS, NUM_SAMPLES = 3, 96
 BOTH = ("projector", "language_model")
 COMMON = TrainingConfig(max_steps=STEPS, trainable=BOTH, max_length=320, precision="bf16", global_batch_size=16)
-HACL = HaclConfig(weight=0.1)
+HACL, NO_HACL = HaclConfig(weight=0.1), HaclConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Case:
     name: str
     training: TrainingConfig
     lora: bool = False
-    hacl: HaclConfig = HaclConfig()
+    hacl: HaclConfig = NO_HACL
 
 
-def case(name: str, lora: bool = False, hacl: HaclConfig = HaclConfig(), **training: object) -> Case:
+def case(name: str, lora: bool = False, hacl: HaclConfig = NO_HACL, **training: object) -> Case:
     """A case that differs from the common settings so."""
     return Case(name, TrainingConfig(**{**COMMON.model_dump(), **training}), lora, hacl)
 
@@ -102,7 +102,7 @@ def measure(cases: list[Case], folder: Path) -> Iterator[tuple[Case, float, floa
             nothing = lambda metrics, step: None  # noqa: E731
             if config.packing:
                 with packed_feed(module, processor, data.source, "train", config, 0) as feed:
-                    batch = largest_batch(module, config, lengths=feed.lengths)
+                    batch = largest_batch(module, config, pack=feed.largest_pack())
                     before = start()
                     train_from(feed, module, config, 0, directory, nothing)
                     return batch, peak() - before
