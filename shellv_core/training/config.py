@@ -145,6 +145,8 @@ class TrainingConfig(Config):
     pack_workers: int = Field(default=2, ge=1)
     #: With packing: positions whose logits exist at a time.
     loss_chunk: int = Field(default=1024, ge=1)
+    #: Refuse to start where the estimate of memory says that it cannot fit; false only warns.
+    check_memory: bool = True
     checkpoint_every_steps: int = Field(default=200, ge=1)
     #: Newest checkpoints that are kept.
     checkpoint_keep: int = Field(default=2, ge=1)

@@ -37,6 +37,7 @@ from shellv_core.training.divergence import DivergenceGuard
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.flops import FlopFormula
+from shellv_core.training.history import HISTORY_NAME, History
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
@@ -144,8 +145,7 @@ def train_from(
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = feed.total
-    values = effective_values(config)
-    identity = fingerprint(values, module.hacl, module.preference, seed, total, feed.identity)
+    identity = fingerprint(effective_values(config), module.hacl, module.preference, seed, total, feed.identity)
     checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
     with stop_requests() as request, checkpoints:
         found = checkpoints.latest()
@@ -159,6 +159,8 @@ def train_from(
         module.train()
         tower_runs = config.packing or not config.cache_features
         meter = Meter(module.model.device, FlopFormula(module, tower_runs))
+        highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+        history = History(checkpoint_directory / HISTORY_NAME, first)
         last_log = first
         rates: dict[str, float] = {}
         with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
@@ -169,7 +171,10 @@ def train_from(
                 rates = meter.rates(feed.seconds_waited())
                 counter.update(1, loss=meter.recent[-1]["loss"], **rates)
                 if step % config.log_every_steps == 0 or step == total:
-                    log({**meter.losses(step - last_log), **rates}, step)
+                    learning_rate = highest_rate * learning_rate_factor(step, total, config.warmup_ratio)
+                    values = {**meter.losses(step - last_log), **rates, "learning_rate": learning_rate}
+                    history.add(step, values)
+                    log(values, step)
                     last_log = step
                 stop = should_stop(bool(request.signal))
                 due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
