@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from shellv_core.evaluation.chair import DEFAULT_PROMPT
-from shellv_core.evaluation.hal_eval import OFFICIAL_PROMPT
+from shellv_core.evaluation.benchmarks.chair import DEFAULT_PROMPT
+from shellv_core.evaluation.benchmarks.hal_eval import OFFICIAL_PROMPT
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import pytest
 
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.answers import Prompt, answer_all, answer_rows, answers_to, derange, plan_prompts
-from shellv_core.evaluation.pope import Pope
+from shellv_core.evaluation.benchmarks.pope import Pope
 
 IMAGES = {f"{index}.jpg": b"" for index in range(10)}
 
