@@ -21,7 +21,7 @@ import shellv_core
 from shellv_core.config import Config, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, check_access, home
+from shellv_core.storage import InputDirectory, InputReference, Manifest, OutputDirectory, check_access, home
 
 if TYPE_CHECKING:
     from shellv_core.tracking.runs import TrackedRun
@@ -104,6 +104,7 @@ def run_stage(
     inputs: Mapping[str, str | None] | None = None,
     code: Sequence[str] = (),
     reuse: Callable[[Manifest], bool] = lambda committed: True,
+    others: Mapping[str, InputReference] | None = None,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -114,13 +115,16 @@ def run_stage(
         code: subpackages of the library whose source is part of the identity.
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.
+        others: inputs that are no committed folders, by name; they count by content too.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
             such an error is removed.
     """
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
-    output, directories = open_stage(name, config, sources, code)
+    references = dict(others or {})
+    output, directories = open_stage(name, config, sources, code, references)
+    references |= {key: directory.reference() for key, directory in directories.items()}
     uri, identity = output.uri, output.fingerprint
     committed = output.finished()
     if committed and reuse(committed):
@@ -132,7 +136,7 @@ def run_stage(
     from shellv_core.tracking.runs import track
 
     tags = {"shellv.fingerprint": identity, "shellv.output_uri": uri, "shellv.library_version": shellv_core.__version__}
-    tags |= {f"shellv.input.{key}": directory.content_sha256 for key, directory in directories.items()}
+    tags |= {f"shellv.input.{key}": reference.content_sha256 for key, reference in references.items()}
     with aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
         run = StageRun(config, identity, directories, output, work, tracked)
         body(run)
@@ -144,7 +148,7 @@ def run_stage(
                 library_version=shellv_core.__version__,
                 config=config.model_dump(mode="json"),
                 versions=_versions(),
-                inputs={key: directory.reference() for key, directory in directories.items()},
+                inputs=references,
                 metrics=run.metrics,
                 details=run.details,
             )
@@ -154,13 +158,17 @@ def run_stage(
 
 
 def open_stage(
-    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str]
+    name: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    code: Sequence[str],
+    others: Mapping[str, InputReference] | None = None,
 ) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
 
     Args:
         inputs: input name -> URI of a committed folder.
-        code: see `run_stage`.
+        code, others: see `run_stage`.
 
     Raises:
         ShellVError: with all faults of access at once.
@@ -168,11 +176,12 @@ def open_stage(
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
     _check_all([config.output_uri, *inputs.values()])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
-    excluded = {"output_uri", *config.without_effect, *(f"{key}_uri" for key in inputs)}
+    contents = {key: source.content_sha256 for key, source in {**directories, **(others or {})}.items()}
+    excluded = {"output_uri", *config.without_effect, *(f"{key}_uri" for key in contents)}
     identity = fingerprint(
         name,
         config.model_dump(mode="json", exclude=excluded),
-        {key: directory.content_sha256 for key, directory in directories.items()},
+        contents,
         code_digest([f"stages/{name}.py", *code]),
     )
     uri = config.output_uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
