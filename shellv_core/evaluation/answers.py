@@ -131,7 +131,7 @@ def answer_all(
     images_per_block: int = 64,
     description: str = "answers",
     stop: threading.Event | None = None,
-    shard: Shard = Shard(),  # noqa: B008 - frozen
+    shard: Shard = Shard(),
     known: Mapping[Prompt, str] | None = None,
 ) -> Answered:
     """Answer every prompt of a shard, continuing what `log_path` holds.
@@ -165,20 +165,22 @@ def answer_all(
         done = len(wanted) - len(todo)
         if done:
             logger.info("%s: continuing after %d of %d", description, done, len(wanted))
-        with Progress(len(wanted), description, "answer", done) as progress:
-            with contextlib.closing(_generate(generator, blocks, images, answers)) as batches:
-                for batch in batches:
-                    new = {prompt: reply for prompt, reply in batch.items() if prompt in todo}
-                    todo.difference_update(new)
-                    said = {prompt: reply.text for prompt, reply in new.items() if not reply.fault}
-                    result.faults.update((prompt, reply.fault) for prompt, reply in new.items() if reply.fault)
-                    log.write("".join(_log_line(prompt, text) for prompt, text in said.items()).encode())
-                    log.flush()
-                    os.fsync(log.fileno())
-                    answers.update(said)
-                    progress.update(len(new))
-                    if stop is not None and stop.is_set():
-                        raise CancelledError
+        with (
+            Progress(len(wanted), description, "answer", done) as progress,
+            contextlib.closing(_generate(generator, blocks, images, answers)) as batches,
+        ):
+            for batch in batches:
+                new = {prompt: reply for prompt, reply in batch.items() if prompt in todo}
+                todo.difference_update(new)
+                said = {prompt: reply.text for prompt, reply in new.items() if not reply.fault}
+                result.faults.update((prompt, reply.fault) for prompt, reply in new.items() if reply.fault)
+                log.write("".join(_log_line(prompt, text) for prompt, text in said.items()).encode())
+                log.flush()
+                os.fsync(log.fileno())
+                answers.update(said)
+                progress.update(len(new))
+                if stop is not None and stop.is_set():
+                    raise CancelledError
     result.faults.update(dict.fromkeys(todo, "no reply"))
     if result.faults:
         reasons = Counter(result.faults.values())

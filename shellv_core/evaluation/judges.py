@@ -1,7 +1,7 @@
 """Models that judge other models' answers.
 
-A judge is any `AnswerGenerator`: an endpoint, a local model. Its words are journalled like answers, so that a killed run
-continues; where it fails, an answer stays unjudged, and is counted and named.
+A judge is any `AnswerGenerator`: an endpoint, a local model. Its words are journalled like answers, so that a killed
+run continues; where it fails, an answer stays unjudged, and is counted and named.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shellv_core.evaluation.benchmark import Question
 
 
 class Judge:
-    """Gives its words on questions, each put to it once in its life.
+    """What a benchmark calls with its questions about answers; asks each once, also over a kill.
 
     Args:
         generator: the model that judges.

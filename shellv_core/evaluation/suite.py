@@ -12,8 +12,8 @@ from typing import Any
 
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.answers import (
-    AnswerGenerator,
     Answered,
+    AnswerGenerator,
     Prompt,
     Shard,
     answer_all,
@@ -142,14 +142,21 @@ def ask_models(
 
 
 def count_missing(models: Mapping[str, ModelAnswers]) -> dict[str, Any]:
-    """How many answers each model lacks, by benchmark and reason: ``{"candidate": {"count": 3, "by_reason": {"HTTP 500":
-    3}, "benchmarks": {"pope_random": 3}}}``; models that lack none are left out."""
+    """How many answers each model lacks; models that lack none are left out.
+
+    Returns:
+        ``{"candidate": {"count": 3, "by_reason": {"HTTP 500": 3}, "benchmarks": {"pope_random": 3}}}``.
+    """
     counts = {}
     for name, answers in models.items():
         reasons = Counter(reason for missing in answers.missing.values() for reason in missing.values())
         if reasons:
             benchmarks = {key: len(missing) for key, missing in answers.missing.items() if missing}
-            counts[name] = {"count": reasons.total(), "by_reason": dict(sorted(reasons.items())), "benchmarks": benchmarks}
+            counts[name] = {
+                "count": reasons.total(),
+                "by_reason": dict(sorted(reasons.items())),
+                "benchmarks": benchmarks,
+            }
     return counts
 
 
@@ -207,9 +214,7 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _by_benchmark(
-    benchmarks: Sequence[Benchmark], answered: Answered, substitutes: Mapping[str, str]
-) -> ModelAnswers:
+def _by_benchmark(benchmarks: Sequence[Benchmark], answered: Answered, substitutes: Mapping[str, str]) -> ModelAnswers:
     missing = {name_of(each): answers_to(each, answered.faults) for each in benchmarks}
     missing |= {f"{name_of(each)}_{BLIND}": answers_to(each, answered.faults, substitutes) for each in benchmarks}
     return ModelAnswers(

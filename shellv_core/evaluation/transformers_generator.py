@@ -71,7 +71,11 @@ class TransformersGenerator:
     """
 
     def __init__(
-        self, model: Any, processor: Any, batch_size: int = 16, sampling: Sampling = Sampling()  # noqa: B008 - frozen
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int = 16,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     ) -> None:
         self.model, self.processor, self.batch_size, self.sampling = model.eval(), processor, batch_size, sampling
         self.tokenizer = getattr(processor, "tokenizer", processor)
