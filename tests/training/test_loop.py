@@ -327,6 +327,11 @@ def test_settings_that_would_do_nothing_are_refused(values, message):
         build_config(HaclConfig, values)
 
 
+def test_one_folder_for_the_checkpoints_of_all_runs_is_refused():
+    with pytest.raises(ConfigError, match=r"one folder for all runs; put \{fingerprint\} into it"):
+        build_config(TrainingConfig, {"checkpoint_uri": "s3://bucket/checkpoints"})
+
+
 def test_objectives_without_data_are_not_silent(tmp_path, caplog):
     model, processor = tiny_model()
     module = TrainingModel(model, HaclHeads(32), HaclConfig(weight=1.0), PreferenceConfig(weight=0.5))
@@ -357,7 +362,7 @@ def test_loss_that_is_not_finite_names_the_step(parts, tmp_path):
     assert torch.equal(module.model.lm_head.weight, before)
 
 
-@pytest.mark.parametrize(("rate", "fault"), [(1.0, "explodes: it is"), (30.0, "gradient norm nan")])
+@pytest.mark.parametrize(("rate", "fault"), [(3.0, "explodes: it is"), (30.0, "gradient norm nan")])
 def test_an_absurd_learning_rate_stops_with_the_last_good_checkpoint_named(parts, tmp_path, rate, fault):
     absurd = {"projector_learning_rate": rate, "language_model_learning_rate": rate, "warmup_ratio": 0.5}
     settings = config(max_steps=60, checkpoint_every_steps=1, **absurd)
