@@ -7,10 +7,10 @@ goes on from its last checkpoint and ends with the same weights, bit for bit on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,15 +36,18 @@ from shellv_core.training.config import HaclConfig, TrainingConfig
 from shellv_core.training.divergence import DivergenceGuard
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
+from shellv_core.training.flops import FlopFormula
+from shellv_core.training.history import HISTORY_NAME, History
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
+from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
+from shellv_core.training.parts import PartName, learning_rates, part_of
 from shellv_core.training.preemption import should_stop, stop_requests
 
 logger = get_logger(__name__)
-SUMMARY_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -89,45 +92,11 @@ class TrainingSummary:
     """How a run went; rates count this process only, not what an earlier one did before a kill.
 
     Attributes:
-        metrics: losses (means over the last 50 steps), samples_per_second, tokens_per_second (without padding),
-            padding_share (with packing: of a pack's room), data_wait_share (of the time).
+        metrics: losses (means over the last 50 steps) and what `meter.Meter.rates` gives.
     """
 
     num_steps: int
     metrics: dict[str, float]
-
-
-@dataclass
-class _Meter:
-    """Counts of this process, and losses since the last log line and over the last steps."""
-
-    start: float = field(default_factory=time.monotonic)
-    samples: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    recent: list[dict[str, float]] = field(default_factory=list)
-
-    def count(self, batch: Batch | PackedRow) -> None:
-        self.samples += batch.num_samples
-        self.tokens += batch.num_tokens
-        self.padded_tokens += batch.num_slots
-
-    def add(self, losses: dict[str, float]) -> None:
-        self.recent = [*self.recent[1 - SUMMARY_STEPS :], losses]
-
-    def losses(self, num_steps: int) -> dict[str, float]:
-        recent = self.recent[-num_steps:]
-        keys = sorted({key for losses in recent for key in losses})
-        return {key: float(np.mean([losses[key] for losses in recent if key in losses])) for key in keys}
-
-    def rates(self, seconds_waited: float | None) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rates = {
-            "samples_per_second": self.samples / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "padding_share": 1 - self.tokens / max(self.padded_tokens, 1),
-        }
-        return rates if seconds_waited is None else {**rates, "data_wait_share": seconds_waited / seconds}
 
 
 def train(
@@ -176,8 +145,7 @@ def train_from(
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = feed.total
-    values = effective_values(config)
-    identity = fingerprint(values, module.hacl, module.preference, seed, total, feed.identity)
+    identity = fingerprint(effective_values(config), module.hacl, module.preference, seed, total, feed.identity)
     checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
     with stop_requests() as request, checkpoints:
         found = checkpoints.latest()
@@ -189,7 +157,10 @@ def train_from(
         text_config: Any = module.model.config.text_config
         guard = DivergenceGuard(config, text_config.vocab_size, checkpoints, meta["recent_losses"])
         module.train()
-        meter = _Meter()
+        tower_runs = config.packing or not config.cache_features
+        meter = Meter(module.model.device, FlopFormula(module, tower_runs))
+        highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+        history = History(checkpoint_directory / HISTORY_NAME, first)
         last_log = first
         rates: dict[str, float] = {}
         with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
@@ -198,9 +169,12 @@ def train_from(
                     group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
                 meter.add(_step(module, data, config, optimizer, step, total, meter, guard))
                 rates = meter.rates(feed.seconds_waited())
-                counter.update(1, loss=meter.recent[-1]["loss"], **_shown(rates))
+                counter.update(1, loss=meter.recent[-1]["loss"], **rates)
                 if step % config.log_every_steps == 0 or step == total:
-                    log({**meter.losses(step - last_log), **rates}, step)
+                    learning_rate = highest_rate * learning_rate_factor(step, total, config.warmup_ratio)
+                    values = {**meter.losses(step - last_log), **rates, "learning_rate": learning_rate}
+                    history.add(step, values)
+                    log(values, step)
                     last_log = step
                 stop = should_stop(bool(request.signal))
                 due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
@@ -227,8 +201,9 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
         for layer in projector_layers(inner):
             layer.requires_grad_(True)
     if "language_model" in config.trainable:
-        inner.model.language_model.requires_grad_(True)
-        inner.lm_head.requires_grad_(True)
+        for parameter in itertools.chain(inner.model.language_model.parameters(), inner.lm_head.parameters()):
+            # Quantized weights cannot.
+            parameter.requires_grad_(parameter.is_floating_point())
     if module.heads is not None:
         module.heads.requires_grad_(True)
 
@@ -239,16 +214,11 @@ def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.opti
     Raises:
         TrainingError: if nothing is trainable.
     """
-    rates = {
-        "projector": config.projector_learning_rate,
-        "language_model": config.language_model_learning_rate,
-        "heads": module.hacl.learning_rate,
-    }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    rates = learning_rates(module, config)
+    groups: dict[tuple[PartName, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            part = "heads" if name.startswith("heads.") else "projector" if "projector" in name else "language_model"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
     return torch.optim.AdamW(
@@ -288,7 +258,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     step: int,
     total: int,
-    meter: _Meter,
+    meter: Meter,
     guard: DivergenceGuard,
 ) -> dict[str, float]:
     device = module.model.device
@@ -318,7 +288,7 @@ def _step(
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
-        meter.count(batch)
+        meter.count(*meter.counts(batch))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     guard.check(step, totals)
@@ -358,12 +328,6 @@ def _preference_metrics(preference: PreferenceResult) -> dict[str, torch.Tensor]
         "image_reward_margin": preference.image_reward_margin,
         "preference_accuracy": preference.accuracy,
     }
-
-
-def _shown(rates: dict[str, float]) -> dict[str, float]:
-    """The rates beside the progress: what is useful instead of what is not."""
-    others = {key: value for key, value in rates.items() if key != "padding_share"}
-    return {**others, "useful_token_share": 1 - rates["padding_share"]}
 
 
 class PaddedFeed:

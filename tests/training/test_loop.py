@@ -21,6 +21,7 @@ from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingCo
 from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
+from shellv_core.training.history import HISTORY_NAME, read_history
 from shellv_core.training.loop import build_optimizer, learning_rate_factor, set_trainable, total_steps, train
 from shellv_core.training.model import TrainingModel, frozen_copy
 from tests.training.tiny import tiny_model, tiny_samples
@@ -138,10 +139,16 @@ def test_learns_and_reports(parts, tmp_path, precision):
         "gradient_norm",
         "samples_per_second",
         "tokens_per_second",
-        "padding_share",
+        "useful_token_share",
+        "peak_memory_gb",
+        "mfu",
+        "learning_rate",
     }
     assert summary.num_steps == 40
-    assert set(summary.metrics) == set(logged[40])
+    assert set(summary.metrics) == set(logged[40]) - {"learning_rate"}
+    history = read_history(tmp_path / HISTORY_NAME)
+    assert [step for step, _ in history] == [10, 20, 30, 40]
+    assert history[-1][1] == logged[40]
     assert 0.001 <= float(module.heads.temperature.detach()) <= 0.5
     assert not module.training
     assert module.model.model.language_model.config._attn_implementation == "sdpa"
@@ -204,6 +211,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(parts, tmp_path, stop):
         go(fresh(), tmp_path / "cut", killer, settings)
     resumed = go(fresh(), tmp_path / "cut", settings=settings)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    whole, cut = (read_history(tmp_path / name / HISTORY_NAME) for name in ("whole", "cut"))
+    assert [(step, metrics["loss"]) for step, metrics in cut] == [(step, metrics["loss"]) for step, metrics in whole]
 
 
 def test_checkpoint_of_another_run_is_refused(parts, tmp_path):
