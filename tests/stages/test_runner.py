@@ -169,7 +169,7 @@ def test_copies_of_checkpoints_outlive_a_failure_and_go_with_success(
     assert storage.exists(f"{seen[0]}/step-1/manifest.json")
     result = toy(config, checkpoint_uri=checkpoint_uri)
     digits = result.fingerprint[:16]
-    assert seen == [f"{store_uri}/toy.checkpoints/{digits}" if kind == "output" else f"{store_uri}/kept/{digits}"]
+    assert seen == [f"{store_uri}/toy.checkpoints-{digits}" if kind == "output" else f"{store_uri}/kept/{digits}"]
     assert storage.list_uris(str(seen[0])) == []
     storage.write_bytes(f"{seen[0]}/step-1/manifest.json", b"{}")
     assert toy(config, checkpoint_uri=checkpoint_uri).reused
