@@ -221,7 +221,7 @@ def _with_fingerprint(uri: str, identity: str) -> str:
 def _checkpoint_address(checkpoint_uri: str | None, output: OutputDirectory) -> str | None:
     if checkpoint_uri == CHECKPOINTS_BESIDE_OUTPUT:
         # Beside, not inside: an output that failed is removed, and its last good checkpoint is not.
-        checkpoint_uri = f"{output.uri}.checkpoints/{FINGERPRINT_PLACEHOLDER}"
+        checkpoint_uri = f"{output.uri}.checkpoints-{FINGERPRINT_PLACEHOLDER}"
     return checkpoint_uri and _with_fingerprint(checkpoint_uri, output.fingerprint)
 
 
