@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.benchmark import Entry, Option, Outcomes, Question, Scores
 from shellv_core.evaluation.rows import check_overlap, read_document, read_rows, read_text, require_fields
+from shellv_core.evaluation.words import plurals
 from shellv_core.evaluation.yes_no import Label, parse_strict, score_yes_no
 
 GENERATIVE = "generative"
@@ -40,8 +41,6 @@ SIMILARITY_THRESHOLD = 0.8
 # Of the weights that sentence-transformers published; the package is a third party's upload of them.
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*")
-_IRREGULAR = {"man": "men", "woman": "women", "person": "persons", "child": "children", "foot": "feet"}
-_IRREGULAR |= {"tooth": "teeth", "goose": "geese", "mouse": "mice", "sheep": "sheep", "fish": "fish", "deer": "deer"}
 
 
 class Matching(Protocol):
@@ -73,7 +72,7 @@ class ExactMatching:
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         words = {word.lower(): word for word in vocabulary}
-        self._forms = {plural: word for lowered, word in words.items() for plural in _plurals(lowered)} | words
+        self._forms = {plural: word for lowered, word in words.items() for plural in plurals(lowered)} | words
 
     def nouns(self, text: str) -> list[str]:
         """The vocabulary's words in the text."""
@@ -376,20 +375,6 @@ def _rates(readings: Sequence[Reading], percent: Callable[[int, int], float]) ->
         "hal": 100 - percent(without, len(readings)),
         "cog": percent(sum(each.imagined for each in readings), sum(each.num_likely for each in readings)),
     }
-
-
-def _plurals(word: str) -> tuple[str, ...]:
-    for singular, plural in _IRREGULAR.items():
-        if word == singular or (word.endswith(singular) and singular in ("man", "woman")):
-            return (word.removesuffix(singular) + plural,)
-    if word.endswith(("fe", "lf", "af")):
-        stem = word.removesuffix("e")[:-1]
-        return stem + "ves", word + "s"
-    if word.endswith(("s", "x", "z", "ch", "sh")):
-        return (word + "es",)
-    if word.endswith("y") and word[-2:-1] not in "aeiou":
-        return (word[:-1] + "ies",)
-    return (word + "s", word + "es") if word.endswith("o") else (word + "s",)
 
 
 def _minilm_alike() -> Callable[[str, str], bool]:
