@@ -42,6 +42,16 @@ def test_a_judge_that_fails_leaves_rows_unjudged():
     assert (scores["mean_score"], scores["num_unjudged"], scores["num_judged"]) == (3.5, 1, 2)
 
 
+def test_a_judges_prompt_of_ones_own():
+    rows = MMHAL.files["responses.json"]
+    (question,) = MmHal(rows, judge_prompt='{question} {"a": {answer}} {truth} {content}').judge_questions(
+        {"0": "x {truth}"}, {}
+    )
+    assert question.prompt == 'What is it? {"a": x {truth}} A dog. dog, ball'
+    with pytest.raises(EvaluationError, match=r"no \{truth\}, \{answer\} in it"):
+        MmHal(rows, judge_prompt="{question} {content}")
+
+
 @pytest.mark.parametrize(
     ("text", "rating"),
     [
