@@ -21,7 +21,15 @@ import shellv_core
 from shellv_core.config import Config, effective_values, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, check_access, delete_prefix, home
+from shellv_core.storage import (
+    InputDirectory,
+    InputReference,
+    Manifest,
+    OutputDirectory,
+    check_access,
+    delete_prefix,
+    home,
+)
 
 if TYPE_CHECKING:
     from shellv_core.tracking.runs import TrackedRun
@@ -105,6 +113,7 @@ def run_stage(
     code: Sequence[str] = (),
     reuse: Callable[[Manifest], bool] = lambda committed: True,
     checkpoint_uri: str | None = None,
+    others: Mapping[str, InputReference] | None = None,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -116,6 +125,7 @@ def run_stage(
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.
         checkpoint_uri: see `TrainingConfig.checkpoint_uri`.
+        others: inputs that are no committed folders, by name; they count by content too.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
@@ -123,7 +133,9 @@ def run_stage(
     """
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
     elsewhere = [checkpoint_uri] if checkpoint_uri and checkpoint_uri != CHECKPOINTS_BESIDE_OUTPUT else []
-    output, directories = open_stage(name, config, sources, code, elsewhere)
+    references = dict(others or {})
+    output, directories = open_stage(name, config, sources, code, references, elsewhere)
+    references |= {key: directory.reference() for key, directory in directories.items()}
     uri, identity = output.uri, output.fingerprint
     checkpoints = _checkpoint_address(checkpoint_uri, output)
     committed = output.finished()
@@ -138,7 +150,7 @@ def run_stage(
     from shellv_core.tracking.runs import track
 
     tags = {"shellv.fingerprint": identity, "shellv.output_uri": uri, "shellv.library_version": shellv_core.__version__}
-    tags |= {f"shellv.input.{key}": directory.content_sha256 for key, directory in directories.items()}
+    tags |= {f"shellv.input.{key}": reference.content_sha256 for key, reference in references.items()}
     with aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
         run = StageRun(config, identity, directories, output, work, tracked, checkpoints)
         body(run)
@@ -150,7 +162,7 @@ def run_stage(
                 library_version=shellv_core.__version__,
                 config=config.model_dump(mode="json"),
                 versions=_versions(),
-                inputs={key: directory.reference() for key, directory in directories.items()},
+                inputs=references,
                 metrics=run.metrics,
                 details=run.details,
             )
@@ -162,26 +174,33 @@ def run_stage(
 
 
 def open_stage(
-    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str], others: Sequence[str] = ()
+    name: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    code: Sequence[str],
+    others: Mapping[str, InputReference] | None = None,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
 
     Args:
         inputs: input name -> URI of a committed folder.
-        code: see `run_stage`.
-        others: further addresses that the run writes to.
+        code, others: see `run_stage`.
+        elsewhere: further addresses that the run writes to.
 
     Raises:
         ShellVError: with all faults of access at once.
     """
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
-    _check_all([config.output_uri, *inputs.values(), *others])
+    _check_all([config.output_uri, *inputs.values(), *elsewhere])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
-    addresses = {"output_uri", *(f"{key}_uri" for key in inputs)}
+    contents = {key: directory.content_sha256 for key, directory in directories.items()}
+    contents |= {key: reference.content_sha256 for key, reference in (others or {}).items()}
+    addresses = {"output_uri", *(f"{key}_uri" for key in contents)}
     identity = fingerprint(
         name,
         {key: value for key, value in effective_values(config).items() if key not in addresses},
-        {key: directory.content_sha256 for key, directory in directories.items()},
+        contents,
         code_digest([f"stages/{name}.py", *code]),
     )
     uri = _with_fingerprint(config.output_uri, identity)
