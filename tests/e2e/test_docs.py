@@ -73,7 +73,14 @@ def test_every_command_on_resuming_works(
         assert name in TrainingConfig.model_fields
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "docs/data.md", "docs/resuming.md"])
+DOCUMENTS = [
+    path.relative_to(REPOSITORY).as_posix()
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    if re.search(r"^shellv ", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_command_is_one_that_the_program_takes(name: str) -> None:
     text = (REPOSITORY / name).read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^shellv .*$", text, re.MULTILINE)
@@ -85,6 +92,8 @@ def test_every_command_is_one_that_the_program_takes(name: str) -> None:
         try:
             _parser(arguments[0]).parse_args(arguments)
         except SystemExit as stop:
+            if stop.code == 0:
+                continue
             pytest.fail(f"{name}: {line!r} is not understood (exit code {stop.code})")
 
 
