@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -103,7 +103,7 @@ class Endpoint:
                     continue
             return
 
-    def ask(self, requests: Iterable[ChatRequest], usage: Usage) -> Iterator[tuple[int, Reply]]:
+    def ask(self, requests: Iterable[ChatRequest], usage: Usage) -> Generator[tuple[int, Reply], None, None]:
         """Yield (index, reply) for each request once, as the replies arrive.
 
         `requests` is read as far as they are sent. Closing the iterator cancels what is under way.
