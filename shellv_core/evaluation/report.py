@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shellv_core.charts import Bar, Series, bar_chart
 from shellv_core.evaluation.answers import told
 from shellv_core.evaluation.benchmark import Benchmark, name_of
-from shellv_core.evaluation.chair import Chair
-from shellv_core.evaluation.charts import Bar, Series, bar_chart
-from shellv_core.evaluation.hal_eval import TYPES
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks.chair import Chair
+from shellv_core.evaluation.benchmarks.hal_eval import TYPES
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.suite import BLIND, CANDIDATE, ModelAnswers
 from shellv_core.evaluation.table import mean_yes_ratio, score_rows, unparsed_share
 from shellv_core.evaluation.yes_no import parse_strict

@@ -22,9 +22,9 @@ from shellv_core.evaluation.answers import (
     plan_prompts,
 )
 from shellv_core.evaluation.benchmark import Benchmark, Outcomes, Scores, name_of
-from shellv_core.evaluation.chair import Chair
-from shellv_core.evaluation.hal_eval import HalEval
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks.chair import Chair
+from shellv_core.evaluation.benchmarks.hal_eval import HalEval
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.rows import read_rows
 from shellv_core.evaluation.statistics import bootstrap_interval, compare_paired
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shellv_core.config import Config
 from shellv_core.endpoint.config import EndpointAccess
-from shellv_core.evaluation.chair import DEFAULT_PROMPT
-from shellv_core.evaluation.hal_eval import OFFICIAL_PROMPT
+from shellv_core.evaluation.benchmarks.chair import DEFAULT_PROMPT
+from shellv_core.evaluation.benchmarks.hal_eval import OFFICIAL_PROMPT
+from shellv_core.evaluation.selection import BenchmarkFiles
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, open_stage, run_stage, work_folder
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
 MODEL_PREFIX = "model"
 CODE = ("endpoint", "evaluation", "models")
 PART_NAME = "parts/{name}-{index}of{count}.jsonl"
-
-
-class BenchmarkFiles(Config):
-    """A benchmark whose files the user has."""
-
-    name: str  # as in `shellv score NAME`
-    questions: str  # path of its question file
-    images: str = ""  # folder that the questions' image names are relative to
-    options: dict[str, str] = {}  # further files and settings of the benchmark, as in `shellv score NAME --help`
 
 
 class EvaluateConfig(StageConfig):
@@ -102,7 +93,13 @@ def run(config: EvaluateConfig) -> StageResult:
             return partial
         _await_shards(task, shard)
     result = run_stage(
-        "evaluate", task.config, lambda run: _body(run, task), task.inputs, CODE, task.is_whole, task.references
+        "evaluate",
+        task.config,
+        lambda run: _body(run, task),
+        task.inputs,
+        CODE,
+        task.is_whole,
+        references=task.references,
     )
     task.check_missing(result)
     return result
@@ -268,9 +265,7 @@ class _Asking:
     """The questions with their images, and the models that they are put to."""
 
     def __init__(self, task: _Task, inputs: Mapping[str, InputDirectory]) -> None:
-        from collections import ChainMap
-
-        from shellv_core.evaluation.selection import FileImages
+        from shellv_core.evaluation.selection import Images
         from shellv_core.evaluation.suite import needed_images, shuffle_images
 
         self.task, self.inputs = task, inputs
@@ -279,7 +274,7 @@ class _Asking:
         self.benchmarks: list[Benchmark] = [*own, *task.benchmarks]
         of_data = {} if data is None else _read_images(data, needed_images(own))
         _check_apart(task, of_data)
-        self.images: Mapping[str, bytes] = ChainMap(of_data, FileImages(task.images))  # type: ignore[arg-type]
+        self.images: Mapping[str, bytes] = Images([of_data, task.images])
         self.substitutes = shuffle_images(self.benchmarks, task.config.seed)
         self.generators: dict[str, AnswerGenerator] = {}
 
@@ -412,7 +407,7 @@ def _await_shards(task: _Task, shard: Shard) -> None:
 
 def _opened(task: _Task) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     inputs = {key: uri for key, uri in task.inputs.items() if uri is not None}
-    return open_stage("evaluate", task.config, inputs, CODE, task.references)
+    return open_stage("evaluate", task.config, inputs, CODE, references=task.references)
 
 
 def _begin(output: OutputDirectory) -> None:

@@ -30,6 +30,8 @@ from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row, pack_contrast
 from shellv_core.training.pairs import ContrastBatch
 
+PACKS_LOOKED_AT = 2000
+
 
 class PackedFeed:
     """The steps of a loader; see `loop.Feed`."""
@@ -55,6 +57,11 @@ class PackedFeed:
                     yield StepData(self._parts(packs, step), sum(map(_num_labels, packs)))
                     if step == self.total:
                         break
+
+    def largest_pack(self) -> tuple[int, int]:
+        """Tokens of a full pack, and the most documents that one of the first epoch's first packs has."""
+        plan = self.loader.plan(0)
+        return self.loader.max_length, max(len(plan.pack(each)) for each in range(min(plan.num_packs, PACKS_LOOKED_AT)))
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""

@@ -14,7 +14,7 @@ from shellv_core.evaluation.answers import (
     plan_prompts,
     read_answers,
 )
-from shellv_core.evaluation.pope import Pope
+from shellv_core.evaluation.benchmarks.pope import Pope
 
 IMAGES = {f"{index}.jpg": b"" for index in range(10)}
 

@@ -19,7 +19,7 @@ WORDS = ("dog", "cat", "car", "bus")
 def answer(folder: str) -> None:
     """What the killed processes run: a journal, and an answer file of it at the end."""
     from shellv_core.evaluation.answers import answer_all, answer_rows, answers_to, derange, plan_prompts
-    from shellv_core.evaluation.pope import Pope
+    from shellv_core.evaluation.benchmarks.pope import Pope
     from tests.evaluation.tiny_llava import picture
     from tests.reliability.warm_generator import GENERATOR
 
