@@ -55,6 +55,15 @@ class Usage:
     output_tokens: int = 0
     cost: float = 0.0
 
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-serialisable form, keys sorted."""
+        return {
+            "requests": dict(sorted(self.requests.items())),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost": round(self.cost, 6),
+        }
+
 
 class Endpoint:
     """A chat endpoint that is asked many questions.

@@ -331,10 +331,8 @@ class _Asking:
 
     def usage(self) -> dict[str, Any]:
         """What endpoints were sent and what it cost, by input."""
-        from dataclasses import asdict
-
         return {
-            source: asdict(generator.usage)
+            source: generator.usage.to_record()
             for source, generator in self.generators.items()
             if hasattr(generator, "usage")
         }
@@ -448,7 +446,7 @@ def _judged(
 
     from shellv_core.evaluation.benchmark import name_of
 
-    judged = [each for each in asking.benchmarks if hasattr(each, "judge_questions")]
+    judged: list[Any] = [each for each in asking.benchmarks if hasattr(each, "judge_questions")]
     if not judged:
         return models
     from shellv_core.evaluation.benchmark import judge_answers

@@ -193,7 +193,8 @@ def open_stage(
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
     _check_all([config.output_uri, *inputs.values(), *others])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
-    contents = {key: source.content_sha256 for key, source in {**directories, **(references or {})}.items()}
+    contents = {key: directory.content_sha256 for key, directory in directories.items()}
+    contents |= {key: reference.content_sha256 for key, reference in (references or {}).items()}
     addresses = {"output_uri", *(f"{key}_uri" for key in contents)}
     identity = fingerprint(
         name,
