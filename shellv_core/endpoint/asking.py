@@ -76,13 +76,16 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        if not config.model:
-            raise ConfigError("endpoint.model is empty; name the model that the endpoint should use.")
         address = urlsplit(config.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(f"endpoint.base_url={config.base_url!r} is no address; give one like https://HOST/v1.")
         if address.password or address.username:
             raise ConfigError("the endpoint's address holds a user name; give the key in an environment variable.")
+        if not config.model:
+            raise ConfigError(
+                f"no model is named for the endpoint {config.base_url}; set the one that it should use (endpoint.model,"
+                " or judge.model of a judge)."
+            )
         key = os.environ.get(config.api_key_variable, "") if config.api_key_variable else ""
         if config.api_key_variable and not key:
             raise ConfigError(

@@ -60,7 +60,7 @@ def files_at(uri):
     return {entry.name: output.fetch(entry.name).read_bytes() for entry in output.files()}
 
 
-def test_a_bad_endpoint_ends_within_its_bound_with_exact_counts(server, data_uri, tmp_path):
+def test_a_bad_endpoint_ends_within_its_bound_with_exact_counts(server, data_uri, tmp_path, monkeypatch):
     """20 % of calls fail, some questions always stall or are answered with what is no answer."""
     chance = random.Random(0)
     bad = {"is there a car ?": "stall", "is there a cat ?": "torn", "is there a bus ?": 500}
@@ -93,7 +93,7 @@ def test_a_bad_endpoint_ends_within_its_bound_with_exact_counts(server, data_uri
     assert sorted(named["pope_random"].values()) == ["HTTP 500", *["timeout"] * 2, *["unreadable answer"] * 2]
     rows = output.fetch("answers/candidate-pope_random.jsonl").read_text().splitlines()
     assert len(rows) == 12 - 5
-    assert "30 answers of the model candidate are missing" in output.fetch("report.html").read_text()
+    assert "30 answers of candidate are missing, and they count as wrong" in output.fetch("report.html").read_text()
     content = b"".join(files_at(output.uri).values()) + output.manifest.model_dump_json().encode()
     assert b"secret-key" not in content
 
@@ -103,7 +103,8 @@ def test_a_bad_endpoint_ends_within_its_bound_with_exact_counts(server, data_uri
     assert set(server.requests) == set(bad), "what was answered comes from the cache"
     assert result.details["num_missing"] == 0
     assert "missing.json" not in files_at(result.output_uri)
-    assert evaluate.run(config).reused
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert evaluate.run(config).reused, "what is done needs no endpoint"
 
 
 def test_a_share_of_missing_answers_can_be_allowed(server, data_uri, tmp_path):
@@ -162,7 +163,11 @@ def test_a_judge_reads_answers_and_its_failures_stay_unjudged(server, tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="mmhal needs a judge"):
         evaluate.run(config.model_copy(update={"judge_uri": None}))
-    result = evaluate.run(config)
+    with pytest.raises(EvaluationError, match=r"2 of 16 answers are missing \(judge, HTTP 400: 2\)"):
+        evaluate.run(config)
+    result = evaluate.run(config.model_copy(update={"max_missing_share": 0.2}))
+    assert result.reused
+    assert result.details["missing"]["judge"]["benchmarks"] == {"candidate-mmhal": 1, "candidate-mmhal-blind": 1}
     assert result.metrics["mmhal_num_judged"] == 3
     assert result.metrics["mmhal_num_unjudged"] == 1
     assert result.metrics["mmhal_mean_score"] == 4.0
@@ -218,7 +223,7 @@ def test_the_first_rank_waits_for_the_others_and_ends_the_run(server, data_uri, 
 
 def test_addresses_that_cannot_be_asked(data_uri, tmp_path, server):
     values = {"data_uri": data_uri, "output_uri": (tmp_path / "out").as_uri()}
-    with pytest.raises(ConfigError, match=r"endpoint\.model is empty"):
+    with pytest.raises(ConfigError, match="no model is named"):
         evaluate.run(EvaluateConfig(**values, model_uri=server.url))
     with pytest.raises(ConfigError, match="only the candidate and the judge"):
         evaluate.run(EvaluateConfig(**values, model_uri=server.url, endpoint=FAST, baseline_uri=server.url))
