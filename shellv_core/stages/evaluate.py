@@ -100,7 +100,7 @@ def run(config: EvaluateConfig) -> StageResult:
         task.inputs,
         CODE,
         task.is_whole,
-        references=task.references,
+        others=task.references,
     )
     task.check_missing(result)
     return result
@@ -414,7 +414,7 @@ def _await_shards(task: _Task, shard: Shard) -> None:
 
 def _opened(task: _Task) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     inputs = {key: uri for key, uri in task.inputs.items() if uri is not None}
-    return open_stage("evaluate", task.config, inputs, CODE, references=task.references)
+    return open_stage("evaluate", task.config, inputs, CODE, others=task.references)
 
 
 def _begin(output: OutputDirectory) -> None:

@@ -113,7 +113,7 @@ def run_stage(
     code: Sequence[str] = (),
     reuse: Callable[[Manifest], bool] = lambda committed: True,
     checkpoint_uri: str | None = None,
-    references: Mapping[str, InputReference] | None = None,
+    others: Mapping[str, InputReference] | None = None,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -125,7 +125,7 @@ def run_stage(
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.
         checkpoint_uri: see `TrainingConfig.checkpoint_uri`.
-        references: inputs that are no committed folders, by name; they count by content too.
+        others: inputs that are no committed folders, by name; they count by content too.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
@@ -133,8 +133,9 @@ def run_stage(
     """
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
     elsewhere = [checkpoint_uri] if checkpoint_uri and checkpoint_uri != CHECKPOINTS_BESIDE_OUTPUT else []
-    output, directories = open_stage(name, config, sources, code, elsewhere, references)
-    references = {**(references or {}), **{key: directory.reference() for key, directory in directories.items()}}
+    references = dict(others or {})
+    output, directories = open_stage(name, config, sources, code, references, elsewhere)
+    references |= {key: directory.reference() for key, directory in directories.items()}
     uri, identity = output.uri, output.fingerprint
     checkpoints = _checkpoint_address(checkpoint_uri, output)
     committed = output.finished()
@@ -177,24 +178,24 @@ def open_stage(
     config: StageConfig,
     inputs: Mapping[str, str],
     code: Sequence[str],
-    others: Sequence[str] = (),
-    references: Mapping[str, InputReference] | None = None,
+    others: Mapping[str, InputReference] | None = None,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
 
     Args:
         inputs: input name -> URI of a committed folder.
-        code, references: see `run_stage`.
-        others: further addresses that the run writes to.
+        code, others: see `run_stage`.
+        elsewhere: further addresses that the run writes to.
 
     Raises:
         ShellVError: with all faults of access at once.
     """
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
-    _check_all([config.output_uri, *inputs.values(), *others])
+    _check_all([config.output_uri, *inputs.values(), *elsewhere])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
     contents = {key: directory.content_sha256 for key, directory in directories.items()}
-    contents |= {key: reference.content_sha256 for key, reference in (references or {}).items()}
+    contents |= {key: reference.content_sha256 for key, reference in (others or {}).items()}
     addresses = {"output_uri", *(f"{key}_uri" for key in contents)}
     identity = fingerprint(
         name,
