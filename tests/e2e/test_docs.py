@@ -59,7 +59,7 @@ def test_the_tables_are_complete_and_links_lead_somewhere() -> None:
         assert (REPOSITORY / "docs" / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "docs/data.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "docs/data.md", "docs/training.md"])
 def test_every_command_is_one_that_the_program_takes(name: str) -> None:
     text = (REPOSITORY / name).read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^shellv .*$", text, re.MULTILINE)
