@@ -54,6 +54,7 @@ def run(config: FinetuneConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -89,6 +90,7 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.work,
         run.log_metrics,
         "finetune",
+        checkpoint_address=run.checkpoints,
     )
     put_report("finetune", run, module, run.config.training)
     module.to("cpu")

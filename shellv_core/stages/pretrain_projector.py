@@ -45,6 +45,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri},
         code=TRAINING_CODE,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -75,6 +76,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         run.log_metrics,
         "pretrain_projector",
         run.config.alignment,
+        run.checkpoints,
     )
     put_report("pretrain_projector", run, module, run.config.training)
     module.to("cpu")

@@ -27,7 +27,7 @@ def put_report(stage: str, run: StageRun[Any], module: TrainingModel, training: 
 
     report = render_training_report(
         stage,
-        read_history(run.work / "checkpoint" / HISTORY_NAME),
+        read_history(run.work / "checkpoints" / HISTORY_NAME),
         describe_parts(module, training),
         {
             "Run": {"fingerprint": run.fingerprint, "output": run.output.uri, "MLflow run": run.tracked.run_id},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -99,6 +99,11 @@ class AlignmentConfig(Config):
 class TrainingConfig(Config):
     """How a model is trained. Learning rates follow a cosine to zero after a linear warm-up."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({
+        "checkpoint_every_steps", "checkpoint_keep", "checkpoint_uri", "divergence_factor", "divergence_steps",
+        "log_every_steps",
+    })  # fmt: skip
+
     #: Conversations per optimizer step.
     global_batch_size: int = Field(default=32, ge=1)
     #: Conversations per forward pass; smaller than the global batch, gradients accumulate. None: all at once.
@@ -143,12 +148,26 @@ class TrainingConfig(Config):
     #: Refuse to start where the estimate of memory says that it cannot fit; false only warns.
     check_memory: bool = True
     checkpoint_every_steps: int = Field(default=200, ge=1)
+    #: Newest checkpoints that are kept.
+    checkpoint_keep: int = Field(default=2, ge=1)
+    #: Folder for copies of the checkpoints, so that the run can go on on another machine: an s3:// or file:// address
+    #: with {fingerprint} in it, or output for one beside the stage's output. None: they are on the local disk alone.
+    checkpoint_uri: str | None = None
+    #: Stop where the generation loss is above this many times the median of the last 100 steps, for
+    #: `divergence_steps` steps in a row. None: stop only where a loss is not finite.
+    divergence_factor: float | None = Field(default=3.0, gt=1.0)
+    divergence_steps: int = Field(default=10, ge=1)
     log_every_steps: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if not self.trainable:
             raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.checkpoint_uri not in (None, "output") and "{fingerprint}" not in str(self.checkpoint_uri):
+            raise ValueError(
+                f"checkpoint_uri={self.checkpoint_uri!r} would be one folder for all runs; put {{fingerprint}} into it,"
+                " as in s3://BUCKET/checkpoints/{fingerprint}, or give output"
+            )
         if self.packing and self.pack_tokens < self.max_length:
             raise ValueError(
                 f"pack_tokens={self.pack_tokens} is less than max_length={self.max_length}; a pack must hold the"

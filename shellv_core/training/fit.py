@@ -67,12 +67,14 @@ def fit(
     log: Callable[[dict[str, float], int], None],
     description: str,
     alignment: AlignmentConfig | None = None,
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
         work: local folder that survives a kill.
+        checkpoint_address: see `train_from`.
     """
     if torch.cuda.is_available():
         module.to("cuda")
@@ -83,13 +85,14 @@ def fit(
             examples, features = _load(module, processor, data, config, work)
         if alignment:
             aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+        checkpoints = work / "checkpoints"
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
                 check_memory(module, config, pack=feed.largest_pack())
-                summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
+                summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
         else:
             check_memory(module, config, examples)
-            summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+            summary = train(module, examples, features, config, seed, checkpoints, log, description, checkpoint_address)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
 
 

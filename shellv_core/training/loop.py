@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shellv_core.config import fingerprint
-from shellv_core.errors import TrainingError
+from shellv_core.config import effective_values, fingerprint
+from shellv_core.errors import Preempted, TrainingError
 from shellv_core.logs import get_logger
 from shellv_core.models.compose import projector_layers
 from shellv_core.progress import Progress
@@ -31,8 +31,9 @@ from shellv_core.training.batches import (
     plan_epoch,
     steps_per_epoch,
 )
-from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
+from shellv_core.training.checkpoints import Checkpoints, module_state, restore
 from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.divergence import DivergenceGuard
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.flops import FlopFormula
@@ -44,6 +45,7 @@ from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
 from shellv_core.training.parts import PartName, learning_rates, part_of
+from shellv_core.training.preemption import should_stop, stop_requests
 
 logger = get_logger(__name__)
 
@@ -106,6 +108,7 @@ def train(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """`train_from` padded batches of `examples`.
 
@@ -113,7 +116,7 @@ def train(
         features: of the images that `examples` number.
     """
     feed = PaddedFeed(module, examples, features, config, seed)
-    return train_from(feed, module, config, seed, checkpoint_directory, log, description)
+    return train_from(feed, module, config, seed, checkpoint_directory, log, description, checkpoint_address)
 
 
 def train_from(
@@ -124,6 +127,7 @@ def train_from(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Train the parameters of `module` that require gradients, in place.
 
@@ -132,40 +136,59 @@ def train_from(
         module: its parts that shall learn require gradients; see `set_trainable`.
         checkpoint_directory: local; a checkpoint in it is continued.
         log: receives metrics and the step, every `config.log_every_steps`.
+        checkpoint_address: folder of this run's own for copies of the checkpoints, to go on from on another machine.
 
     Raises:
-        TrainingError: if the loss is not finite, nothing is trainable, or the checkpoint is another run's.
+        TrainingError: if the loss is not finite or explodes, nothing is trainable, or the checkpoint is another run's.
+        Preempted: after a signal that asked to stop, with a checkpoint of the last step.
     """
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = feed.total
-    identity = fingerprint(config, module.hacl, module.preference, seed, total, feed.identity)
-    checkpoint_directory.mkdir(parents=True, exist_ok=True)
-    first, position = load_checkpoint(checkpoint_directory, module, optimizer, identity)
-    if first:
-        logger.info("%s: going on from step %d of %d", description, first, total)
-    module.train()
-    tower_runs = config.packing or not config.cache_features
-    highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
-    history = History(checkpoint_directory / HISTORY_NAME, first)
-    meter = Meter(module.model.device, FlopFormula(module, tower_runs))
-    last_log = first
-    rates: dict[str, float] = {}
-    with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
-        for step, data in enumerate(feed.steps(first, position), start=first + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-            meter.add(_step(module, data, config, optimizer, step, total, meter))
-            rates = meter.rates(feed.seconds_waited())
-            counter.update(1, loss=meter.recent[-1]["loss"], **rates)
-            if step % config.log_every_steps == 0 or step == total:
-                learning_rate = highest_rate * learning_rate_factor(step, total, config.warmup_ratio)
-                values = {**meter.losses(step - last_log), **rates, "learning_rate": learning_rate}
-                history.add(step, values)
-                log(values, step)
-                last_log = step
-            if step % config.checkpoint_every_steps == 0 or step == total:
-                save_checkpoint(checkpoint_directory, module, optimizer, step, identity, feed.position())
+    identity = fingerprint(effective_values(config), module.hacl, module.preference, seed, total, feed.identity)
+    checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
+    with stop_requests() as request, checkpoints:
+        found = checkpoints.latest()
+        first = step = found.step if found else 0
+        if found:
+            restore(found, module, optimizer)
+            logger.info("%s: going on from step %d of %d", description, first, total)
+        meta = found.meta if found else {"position": None, "recent_losses": []}
+        text_config: Any = module.model.config.text_config
+        guard = DivergenceGuard(config, text_config.vocab_size, checkpoints, meta["recent_losses"])
+        module.train()
+        tower_runs = config.packing or not config.cache_features
+        meter = Meter(module.model.device, FlopFormula(module, tower_runs))
+        highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+        history = History(checkpoint_directory / HISTORY_NAME, first)
+        last_log = first
+        rates: dict[str, float] = {}
+        with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
+            for step, data in enumerate(feed.steps(first, meta["position"]), start=first + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
+                meter.add(_step(module, data, config, optimizer, step, total, meter, guard))
+                rates = meter.rates(feed.seconds_waited())
+                counter.update(1, loss=meter.recent[-1]["loss"], **rates)
+                if step % config.log_every_steps == 0 or step == total:
+                    learning_rate = highest_rate * learning_rate_factor(step, total, config.warmup_ratio)
+                    values = {**meter.losses(step - last_log), **rates, "learning_rate": learning_rate}
+                    history.add(step, values)
+                    log(values, step)
+                    last_log = step
+                stop = should_stop(bool(request.signal))
+                due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
+                if due or stop or step == total:
+                    state = module_state(module, optimizer)
+                    guard.check_state(step, state)
+                    checkpoints.save(step, state, {"position": feed.position(), "recent_losses": guard.recent})
+                if stop:
+                    break
+        checkpoints.wait()
+        if should_stop(bool(request.signal)):
+            raise Preempted(
+                f"stopped at step {step} by {request.signal or 'a signal'}; run the same command again to go on"
+            )
     module.eval()
     return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates})
 
@@ -236,6 +259,7 @@ def _step(
     step: int,
     total: int,
     meter: Meter,
+    guard: DivergenceGuard,
 ) -> dict[str, float]:
     device = module.model.device
     hacl = module.hacl
@@ -267,11 +291,7 @@ def _step(
         meter.count(*meter.counts(batch))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    if not math.isfinite(totals["loss"]) or not math.isfinite(totals["gradient_norm"]):
-        raise TrainingError(
-            f"the loss is {totals['loss']} and the gradient norm {totals['gradient_norm']} at step {step}; lower the"
-            " learning rates or max_grad_norm, or use precision=fp32."
-        )
+    guard.check(step, totals)
     optimizer.step()
     if module.heads is not None:
         module.heads.clamp_temperature()

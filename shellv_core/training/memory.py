@@ -453,7 +453,7 @@ def _fake_tensors(bare: nn.Module) -> None:
 
 
 def _unquantize(language_model: nn.Module, bf16: bool) -> None:
-    """Plain frozen layers in place of quantized ones, or of those imagined so: a pass keeps no weights of both."""
+    """Plain frozen layers in place of quantized ones, real or imagined: a pass keeps none of their weights."""
     for parent in list(language_model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or not _frozen(child):
