@@ -2,10 +2,10 @@
 
     python -m tests.bench.gpu --output docs/gpu-figures.md
 
-Needs torch, transformers, accelerate and peft, nothing to download and no data. Packs of random tokens in LLaVA's
-lengths with pictures of noise go through the code of a run: CLIP-L/336's shape as the tower, packed attention, the
-chunked loss, AdamW, bfloat16. Counted are useful operations only (see shellv_core.training.flops). Without a GPU it
-says so and exits with 0.
+Needs torch, transformers, accelerate and peft, and of this library's own dependencies pydantic and orjson; no data and
+nothing to download. Packs of random tokens with pictures of noise go through the code of a run: CLIP-L/336's shape as
+the tower, packed attention, the chunked loss, AdamW, bfloat16. Counted are useful operations only (see
+shellv_core.training.flops). Without a GPU it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NEEDED = ("torch", "transformers", "accelerate", "peft")
+NEEDED = ("torch", "transformers", "accelerate", "peft", "pydantic", "orjson")
 COLUMNS = ("model", "learns", "pass", "tokens/s", "MFU", "peak, GB", "seconds a step", "useful tokens")
 TITLE = "# Figures of training on a GPU\n\nWritten by `python -m tests.bench.gpu`.\n"
 #: name -> (architecture, hidden, intermediate, layers, heads, key heads, vocabulary)
