@@ -105,8 +105,8 @@ def line_chart(title: str, curves: Sequence[Curve], width: int = 520) -> str:
         if len(each.points) > 1:
             parts.append(f'<path d="M{path}" fill="none" stroke="{each.color}" stroke-width="1.6">{name}</path>')
         for x, y in each.points if len(each.points) == 1 else ():
-            across, height = place(x, y).split()
-            parts.append(f'<circle cx="{across}" cy="{height}" r="3" fill="{each.color}">{name}</circle>')
+            across, down = place(x, y).split()
+            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{each.color}">{name}</circle>')
     return "".join([*parts, "</svg>"])
 
 

@@ -138,7 +138,7 @@ def largest_batch(
     Args:
         examples: what is trained on in padded batches; without it, conversations of `config.max_length` with a picture
             each.
-        pack: with packing, tokens and conversations of the largest pack; without it, conversations of a usual length.
+        pack: with packing, tokens of the largest pack and pictures in it; without it, as conversations usually have.
         num_devices: that share a step.
     """
     model = module.model
@@ -148,7 +148,7 @@ def largest_batch(
             length = min(config.max_length, image_tokens + TEXT_TOKENS)
             tokens, _ = pack_sizes(np.full(config.global_batch_size, length), config)
             pack = tokens, max(tokens // length, 1)
-        tokens, number = pack
+        tokens, number = pack[0], max(pack[1], 1)
         examples = imagined_examples(module, [tokens // number] * number)
         return _imagined_pack(module, config, examples)
     rows = config.micro_batch_size or -(-config.global_batch_size // num_devices)
@@ -288,18 +288,17 @@ def _pass_parts(
     module: TrainingModel, config: TrainingConfig, batch: Batch | PackedRow, device_type: str, quantized: bool
 ) -> dict[str, float]:
     """Bytes of a forward and backward pass at its highest point."""
-    layers = module.model.model.language_model.layers
+    layers: Any = module.model.model.language_model.layers
     counts = [*range(1, LAYERS_COUNTED + 1)] if len(layers) > LAYERS_COUNTED else [len(layers)]
-    peaks = []
-    for count in counts:
-        peaks.append(_pass_peak(module, config, batch, device_type, count, quantized))
-    found = Counter(peaks[-1])
-    if len(peaks) > 1:
-        for key in {*peaks[0], *peaks[1]}:
-            found[key] += (len(layers) - counts[-1]) * (peaks[1][key] - peaks[0][key])
+    peaks = [_pass_peaks(module, config, batch, device_type, count, quantized) for count in counts]
+    found, total = Counter[str](), 0
+    for phase, live in peaks[-1].items():
+        grown = sum(live.values())
+        grown += (len(layers) - counts[-1]) * (grown - sum(peaks[0][phase].values()))
+        if grown >= total:
+            total, found = grown, live + Counter(layers=grown - sum(live.values()))
     images = 0 if batch.image_features is None else len(batch.image_features)
     tower = _tower_peak(module, images, config) if images and (config.packing or not config.cache_features) else 0.0
-    total = sum(found.values())
     return {
         "layers": float(found["layers"]),
         "logits": float(found["logits"]),
@@ -308,14 +307,15 @@ def _pass_parts(
     }
 
 
-def _pass_peak(
+def _pass_peaks(
     module: TrainingModel,
     config: TrainingConfig,
     batch: Batch | PackedRow,
     device_type: str,
     num_layers: int,
     quantized: bool,
-) -> Counter[str]:
+) -> dict[str, Counter[str]]:
+    """Phase -> part -> bytes at its highest point, for a model of `num_layers`."""
     fake = _bare_module(module, num_layers, config.precision == "bf16" and quantized)
     with FakeTensorMode():
         _fake_tensors(fake)
@@ -350,7 +350,8 @@ def _pass_peak(
 def _tower_peak(module: TrainingModel, images: int, config: TrainingConfig) -> float:
     """Bytes of the vision tower's pass, its result included."""
     model = module.model
-    size: int = model.config.vision_config.image_size
+    vision: Any = model.config.vision_config
+    size: int = vision.image_size
     at_once = images if config.packing else min(images, TOWER_BATCH)
     tower = without_data(model.model.vision_tower)
     shell: Any = copy.copy(model)
@@ -360,21 +361,22 @@ def _tower_peak(module: TrainingModel, images: int, config: TrainingConfig) -> f
         _fake_tensors(tower)
         with _Tracker(tower) as tracker:
             tower_features(shell, torch.empty(at_once, 3, size, size))
-    return float(sum(tracker.highest.values()))
+    return float(max(sum(live.values()) for live in tracker.highest.values()))
 
 
 class _Tracker(TorchDispatchMode):
     """Counts the bytes of tensors that are made within it and live; those of `module` are none of them.
 
     Attributes:
-        part: what tensors made now belong to.
-        highest: part -> bytes, when all together were most.
+        part: what tensors made now belong to, and the phase.
+        highest: phase -> part -> bytes, when all together were most in that phase.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.part, self.live, self.highest = "layers", Counter[str](), Counter[str]()
-        self._most = 0
+        self.part, self.live = "layers", Counter[str]()
+        self.highest: dict[str, Counter[str]] = {}
+        self._most = Counter[str]()
         tensors = [*module.parameters(), *module.buffers()]
         tensors += [each.grad for each in module.parameters() if each.grad is not None]
         self._known: dict[int, Any] = {id(each.untyped_storage()): each.untyped_storage() for each in tensors}
@@ -410,8 +412,8 @@ class _Tracker(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, gone)
         self.live[part] += size
-        if (total := sum(self.live.values())) > self._most:
-            self._most, self.highest = total, Counter(self.live)
+        if (total := sum(self.live.values())) > self._most[part]:
+            self._most[part], self.highest[part] = total, Counter(self.live)
 
 
 def _bare_module(module: TrainingModel, num_layers: int, bf16_base: bool) -> TrainingModel:
@@ -445,7 +447,8 @@ def _fake_tensors(bare: nn.Module) -> None:
     old = [*bare.parameters(), *bare.buffers()]
     for each in bare.modules():
         for held in (each._parameters, each._buffers):
-            held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
+            fakes: dict[str, Any] = {name: fake(tensor) for name, tensor in held.items() if tensor is not None}
+            held.update(fakes)
     del old
 
 
@@ -495,11 +498,11 @@ def _imagined_attention(device_type: str) -> Iterator[None]:
         compute_dtype = torch.promote_types(dtype, torch.float32) if device_type == "cpu" else dtype
         query_NHW, key_NGW, value_NGW = (each[0].transpose(0, 1).to(compute_dtype) for each in (query, key, value))
         end, seen = documents.borders[-1], sum(stop - start + 1 for start, stop in documents.spans)
-        whole = [each[:end] for each in (query_NHW, key_NGW, value_NGW)]
+        queries, keys, values = (each[:end] for each in (query_NHW, key_NGW, value_NGW))
         if device_type == "cpu":
-            whole = [gather(each, end) for each in whole]
+            queries, keys, values = (gather(each, end) for each in (queries, keys, values))
         with torch.autocast("cpu", enabled=False):
-            parts = [_attend(*whole, causal=True)]
+            parts = [_attend(queries, keys, values, causal=True)]
             if documents.spans:
                 keys, values = gather(key_NGW, seen), gather(value_NGW, seen)
                 parts.append(_attend(query_NHW[end:], keys, values, causal=False))
@@ -516,19 +519,19 @@ def _imagined_attention(device_type: str) -> Iterator[None]:
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
-    rows = (each.transpose(0, 1)[None] for each in (query, key, value))
-    result: torch.Tensor = functional.scaled_dot_product_attention(*rows, is_causal=causal, enable_gqa=True)
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    result: torch.Tensor = functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     return result[0].transpose(0, 1)
 
 
 def _imagined_pack(module: TrainingModel, config: TrainingConfig, examples: Examples) -> PackedRow:
     """A pack of all `examples`."""
     model, lengths = module.model, examples.input_ids.lengths
-    order = np.arange(len(examples))
-    position_ids, borders = document_layout(lengths[order])
+    order = range(len(examples))
+    position_ids, borders = document_layout(lengths)
     ids = np.concatenate([examples.input_ids.at(each) for each in order]).astype(np.int64)
     labels = np.concatenate([examples.labels.at(each) for each in order]).astype(np.int64)
-    with_image = examples.image_index[order] != NO_IMAGE
+    with_image = examples.image_index != NO_IMAGE
     count = int(with_image.sum())
     pack = PackedBatch(
         input_ids=torch.from_numpy(ids),
@@ -544,7 +547,7 @@ def _imagined_pack(module: TrainingModel, config: TrainingConfig, examples: Exam
     )
     contrast = None
     if module.heads is not None and count:
-        images = examples.image_index[order][with_image]
+        images = examples.image_index[with_image]
         contrast = make_contrast(examples, images, 0, module.hacl.num_hallucinated, 0, module.hacl.truth_weight > 0)
     features = None
     if count:

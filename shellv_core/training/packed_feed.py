@@ -30,8 +30,6 @@ from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row, pack_contrast
 from shellv_core.training.pairs import ContrastBatch
 
-PACKS_LOOKED_AT = 2000
-
 
 class PackedFeed:
     """The steps of a loader; see `loop.Feed`."""
@@ -59,9 +57,8 @@ class PackedFeed:
                         break
 
     def largest_pack(self) -> tuple[int, int]:
-        """Tokens of a full pack, and the most documents that one of the first epoch's first packs has."""
-        plan = self.loader.plan(0)
-        return self.loader.max_length, max(len(plan.pack(each)) for each in range(min(plan.num_packs, PACKS_LOOKED_AT)))
+        """Tokens of a full pack, and the most pictures that one of the first epoch's packs has."""
+        return self.loader.max_length, self.loader.most_images()
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""

@@ -1,6 +1,9 @@
 """The memory estimate against the measured peak: runs of nano's size on this CPU.
 
-    python -m tests.bench.memory
+    python -m tests.bench.memory            runs of nano's size, measured
+    python -m tests.bench.memory seven      Shell-7B, estimated for GPUs
+
+Both go into docs/training.md, between their marks.
 
 Measured is what the process's resident memory rises over its level at the start of training (the kernel's own mark,
 reset there), so gradients, the optimizer's state and the passes; the weights are there before. The allocator gives
@@ -24,6 +27,7 @@ from shellv_core.data.samples import Sample
 from shellv_core.training.config import HaclConfig, TrainingConfig
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 STEPS, NUM_SAMPLES = 3, 96
 BOTH = ("projector", "language_model")
 COMMON = TrainingConfig(max_steps=STEPS, trainable=BOTH, max_length=320, precision="bf16", global_batch_size=16)
@@ -48,7 +52,8 @@ def case(name: str, lora: bool = False, hacl: HaclConfig = NO_HACL, **training: 
 CASES = [
     case("full, padded"),
     case("LoRA and HACL, padded", lora=True, hacl=HACL),
-    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096),
+    # A whole epoch, to have met the pack with the most pictures.
+    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096, max_steps=None),
     case("full, padded, float32, batch of 48", precision="fp32", global_batch_size=48),
 ]
 
@@ -139,17 +144,69 @@ def _status(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def main() -> int:
-    """Print the table."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "tests.bench.memory"], {**os.environ, **ALLOCATOR})
-    logging.disable(logging.WARNING)
-    print("| run | estimate, MB | measured, MB | estimate / measured |\n|---|---|---|---|")
+#: Stage, settings, devices, ZeRO stage; of the preset shellv-7b, every conversation as long as they may be.
+SEVEN = {
+    "stage 1, micro batch 4": ("pretrain_projector", ["training.micro_batch_size=4"], 8, 0),
+    "LoRA, micro batch 4": ("finetune", ["training.micro_batch_size=4"], 8, 0),
+    "LoRA, packs of 4096": ("finetune", ["training.packing=true", "training.pack_tokens=4096"], 8, 0),
+    "QLoRA (nf4), micro batch 4": ("finetune", ["training.micro_batch_size=4", "lora.quantization=nf4"], 8, 0),
+    "full, ZeRO-2, packs of 4096": (
+        "finetune", ["lora=null", "training.packing=true", "training.pack_tokens=4096"], 8, 2,
+    ),
+    "full, ZeRO-3, packs of 4096": (
+        "finetune", ["lora=null", "training.packing=true", "training.pack_tokens=4096"], 8, 3,
+    ),
+}  # fmt: skip
+
+
+def seven() -> Iterator[str]:
+    """The lines of the table for Shell-7B, with gradient checkpointing."""
+    from shellv_core.config import apply_overrides
+    from shellv_core.stages.estimate_command import Plan, estimate
+    from shellv_core.stages.presets import preset
+    from shellv_core.training.memory import DEVICES
+
+    names = ("a100-40", "a100-80", "h100")
+    yield "| run, 8 GPUs | weights | gradients, optimizer, buffers | pass | total, GB | " + " | ".join(names) + " |"
+    yield "|---" * (5 + len(names)) + "|"
+    full = preset("shellv-7b")
+    for name, (stage, overrides, devices, zero_stage) in SEVEN.items():
+        config = apply_overrides(getattr(full, stage), [*overrides, "training.gradient_checkpointing=true"])
+        plan = Plan(
+            full.pretrain_projector.model, config.training, config.hacl, getattr(config, "lora", None),
+            num_devices=devices, zero_stage=zero_stage,
+        )  # fmt: skip
+        found = estimate(plan, "cuda")
+        states = found.gradients + found.optimizer + found.buffers
+        values = [found.weights, states, found.total - found.weights - states, found.total]
+        fits = ["yes" if found.total <= DEVICES[each] else "no" for each in names]
+        yield f"| {name} | {' | '.join(f'{each / 1e9:.1f}' for each in values)} | {' | '.join(fits)} |"
+
+
+def measured() -> Iterator[str]:
+    """The lines of the table of nano's runs."""
+    yield "| run | estimate, MB | measured, MB | estimate / measured |"
+    yield "|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SHELLV_HOME"] = str(Path(folder) / "home")
-        for each, estimated, measured in measure(CASES, Path(folder)):
-            line = f"| {each.name} | {estimated / 1e6:.0f} | {measured / 1e6:.0f} | {estimated / measured:.2f} |"
-            print(line, flush=True)
+        for each, estimated, found in measure(CASES, Path(folder)):
+            yield f"| {each.name} | {estimated / 1e6:.0f} | {found / 1e6:.0f} | {estimated / found:.2f} |"
+
+
+def main() -> int:
+    """Print a table and write it into the document."""
+    name = "seven" if "seven" in sys.argv[1:] else "measured"
+    if name == "measured" and any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "tests.bench.memory"], {**os.environ, **ALLOCATOR})
+    logging.disable(logging.WARNING)
+    lines = []
+    for line in {"seven": seven, "measured": measured}[name]():
+        print(line, flush=True)
+        lines.append(line)
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, after = text[: text.index(first)], text[text.index(last) :]
+    DOCUMENT.write_text("\n".join([before + first, *lines, after]), encoding="utf-8")
     return 0
 
 
