@@ -99,9 +99,10 @@ class AlignmentConfig(Config):
 class TrainingConfig(Config):
     """How a model is trained. Learning rates follow a cosine to zero after a linear warm-up."""
 
-    #: Conversations per optimizer step.
+    #: Conversations per optimizer step, of all processes together.
     global_batch_size: int = Field(default=32, ge=1)
-    #: Conversations per forward pass; smaller than the global batch, gradients accumulate. None: all at once.
+    #: Conversations per forward pass of a process; gradients accumulate until the global batch is reached. None: a
+    #: process's share of it at once.
     micro_batch_size: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=1.0, gt=0.0)
     #: Stop after this many optimizer steps instead of after `epochs`; the schedule ends there too.
@@ -131,6 +132,10 @@ class TrainingConfig(Config):
     pack_workers: int = Field(default=2, ge=1)
     #: With packing: positions whose logits exist at a time.
     loss_chunk: int = Field(default=1024, ge=1)
+    #: ddp: every process holds the whole model; with one process, plain training. deepspeed: ZeRO.
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    #: With deepspeed: what processes share among them. 1: the optimizer's state; 2: gradients too; 3: weights as well.
+    zero_stage: Literal[1, 2, 3] | None = None
     checkpoint_every_steps: int = Field(default=200, ge=1)
     log_every_steps: int = Field(default=20, ge=1)
 
@@ -138,6 +143,10 @@ class TrainingConfig(Config):
     def _check(self) -> TrainingConfig:
         if not self.trainable:
             raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.engine == "deepspeed" and self.zero_stage is None:
+            raise ValueError("engine=deepspeed needs zero_stage: 1, 2 or 3")
+        if self.engine == "ddp" and self.zero_stage is not None:
+            raise ValueError(f"zero_stage={self.zero_stage} has no effect with engine=ddp; give engine=deepspeed")
         if self.packing and self.pack_tokens < self.max_length:
             raise ValueError(
                 f"pack_tokens={self.pack_tokens} is less than max_length={self.max_length}; a pack must hold the"

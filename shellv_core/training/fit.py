@@ -26,6 +26,7 @@ from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFea
 from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
+from shellv_core.training.processes import first_on_node
 
 logger = get_logger(__name__)
 NO_IMAGES = torch.zeros(0, 0, 0)
@@ -67,6 +68,8 @@ def fit(
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
+    Called by all processes; afterwards the module is whole in the first one.
+
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
         work: local folder that survives a kill.
@@ -75,15 +78,17 @@ def fit(
         module.to("cuda")
     aligned: dict[str, float] = {}
     if alignment or not config.packing:
-        examples, features = _load(module, processor, data, config, work)
+        with first_on_node():
+            examples, features = _load(module, processor, data, config, work)
     if alignment:
-        aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+        with first_on_node():
+            aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
     if config.packing:
         with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
             summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
     else:
         summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
-    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
 
 
 def _load(
