@@ -101,8 +101,8 @@ class PackedLoader:
     """Iterates the optimizer steps of the current epoch from the current step: each a list of this rank's packs.
 
     All ranks together get the global batch, whatever their number. Where their number does not divide it, and in the
-    last step of an epoch, some ranks get fewer packs, or an empty list; they must take part in the step all the same. After an epoch's last step
-    the loader stands at the next epoch's first, and iterating anew goes on there.
+    last step of an epoch, some ranks get fewer packs, or an empty list; they must take part in the step all the same.
+    After an epoch's last step the loader stands at the next epoch's first, and iterating anew goes on there.
 
     Args:
         sources: splits to mix. A source that is asked for more samples than it has repeats them in a fresh order; one

@@ -118,6 +118,15 @@ class TrainingConfig(Config):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     #: bf16: matrix products in bfloat16 by autocast, weights and optimizer in float32.
     precision: Literal["fp32", "bf16"] = "fp32"
+    #: Compute the matrix products and convolutions that stay in float32 as TF32, on GPUs that have it.
+    tf32: bool = False
+    #: Keep the inputs of the language model's layers alone and compute the rest again in the backward pass: less
+    #: memory, about a third more time, the same gradients.
+    gradient_checkpointing: bool = False
+    #: Compile the language model's layers with torch.compile, for any lengths.
+    compile: bool = False
+    #: Use deterministic kernels only: two runs on the same machine give the same bits. Slower on a GPU.
+    deterministic: bool = False
     #: Tokens per conversation, image tokens included; longer ones are cut.
     max_length: int = Field(default=2048, ge=8)
     #: Compute the frozen vision tower's features once and keep them on disk; false runs the tower in every step. Packs

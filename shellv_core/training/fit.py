@@ -26,7 +26,9 @@ from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFea
 from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
+from shellv_core.training.parts import describe_parts
 from shellv_core.training.processes import first_on_node
+from shellv_core.training.runtime import runtime
 
 logger = get_logger(__name__)
 NO_IMAGES = torch.zeros(0, 0, 0)
@@ -76,18 +78,20 @@ def fit(
     """
     if torch.cuda.is_available():
         module.to("cuda")
+    logger.info("%s, part by part:\n%s", description, describe_parts(module, config))
     aligned: dict[str, float] = {}
-    if alignment or not config.packing:
-        with first_on_node():
-            examples, features = _load(module, processor, data, config, work)
-    if alignment:
-        with first_on_node():
-            aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
-    if config.packing:
-        with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
-            summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
-    else:
-        summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+    with runtime(module.model, config):
+        if alignment or not config.packing:
+            with first_on_node():
+                examples, features = _load(module, processor, data, config, work)
+        if alignment:
+            with first_on_node():
+                aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+        if config.packing:
+            with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+                summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
+        else:
+            summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
 
 

@@ -7,8 +7,8 @@ goes on from its last checkpoint and ends with the same weights, bit for bit on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,15 +37,16 @@ from shellv_core.training.config import HaclConfig, TrainingConfig
 from shellv_core.training.engines import Engine, make_engine
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
+from shellv_core.training.flops import FlopFormula
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
+from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
 from shellv_core.training.processes import means, num_processes, rank, sums
 
 logger = get_logger(__name__)
-SUMMARY_STEPS = 50
 #: Every metric of a step.
 METRICS = (
     "generation_loss",
@@ -124,47 +125,13 @@ class TrainingSummary:
     """How a run went; rates count all processes, but not what earlier ones did before a kill.
 
     Attributes:
-        metrics: losses (means over the last 50 steps), samples_per_second, tokens_per_second (without padding),
-            padding_share (with packing: of a pack's room), data_wait_share (of the first process's time).
+        metrics: losses (means over the last 50 steps) and what `meter.Meter.rates` gives.
         details: the engine in use; see `Engine`.
     """
 
     num_steps: int
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class _Meter:
-    """Counts of all processes, and losses since the last log line and over the last steps."""
-
-    start: float = field(default_factory=time.monotonic)
-    samples: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    recent: list[dict[str, float]] = field(default_factory=list)
-
-    def count(self, samples: float, tokens: float, slots: float) -> None:
-        self.samples += int(samples)
-        self.tokens += int(tokens)
-        self.padded_tokens += int(slots)
-
-    def add(self, losses: dict[str, float]) -> None:
-        self.recent = [*self.recent[1 - SUMMARY_STEPS :], losses]
-
-    def losses(self, num_steps: int) -> dict[str, float]:
-        recent = self.recent[-num_steps:]
-        keys = sorted({key for losses in recent for key in losses})
-        return {key: float(np.mean([losses[key] for losses in recent if key in losses])) for key in keys}
-
-    def rates(self, seconds_waited: float | None) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rates = {
-            "samples_per_second": self.samples / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "padding_share": 1 - self.tokens / max(self.padded_tokens, 1),
-        }
-        return rates if seconds_waited is None else {**rates, "data_wait_share": seconds_waited / seconds}
 
 
 def train(
@@ -208,6 +175,8 @@ def train_from(
     """
     # Each process has a dropout of its own.
     torch.manual_seed(seed + rank())
+    tower_runs = config.packing or not config.cache_features
+    formula = FlopFormula(module, tower_runs)
     engine = make_engine(module, config)
     total = feed.total
     identity = fingerprint(config, module.hacl, module.preference, seed, total, feed.identity)
@@ -216,7 +185,7 @@ def train_from(
     if first:
         logger.info("%s: going on from step %d of %d", description, first, total)
     module.train()
-    meter = _Meter()
+    meter = Meter(module.model.device, formula, num_processes())
     last_log = first
     rates: dict[str, float] = {}
     with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
@@ -224,7 +193,7 @@ def train_from(
             rate_factor = learning_rate_factor(step, total, config.warmup_ratio)
             meter.add(_step(module, data, engine, rate_factor, step, total, meter))
             rates = meter.rates(feed.seconds_waited())
-            counter.update(1, loss=meter.recent[-1]["loss"], **_shown(rates))
+            counter.update(1, loss=meter.recent[-1]["loss"], **rates)
             if step % config.log_every_steps == 0 or step == total:
                 log({**meter.losses(step - last_log), **rates}, step)
                 last_log = step
@@ -243,8 +212,9 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
         for layer in projector_layers(inner):
             layer.requires_grad_(True)
     if "language_model" in config.trainable:
-        inner.model.language_model.requires_grad_(True)
-        inner.lm_head.requires_grad_(True)
+        for parameter in itertools.chain(inner.model.language_model.parameters(), inner.lm_head.parameters()):
+            # Quantized weights cannot.
+            parameter.requires_grad_(parameter.is_floating_point())
     if module.heads is not None:
         module.heads.requires_grad_(True)
 
@@ -265,18 +235,18 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
 
 
 def _step(
-    module: TrainingModel, data: StepData, engine: Engine, rate_factor: float, step: int, total: int, meter: _Meter
+    module: TrainingModel, data: StepData, engine: Engine, rate_factor: float, step: int, total: int, meter: Meter
 ) -> dict[str, float]:
     device = module.model.device
     hacl = module.hacl
     contrast_weight = hacl.weight * weight_factor(step, total, hacl.weight_schedule, hacl.weight_warmup_ratio)
     totals: dict[str, float] = {}
     margins = np.zeros((2, len(TYPES)))
-    counts = np.zeros(3)
+    counts = np.zeros(4)
     # The engine takes the mean over processes; this loss is a sum.
     generation_scale = num_processes() / max(data.num_labels, 1)
     for number, (batch, share, own_share) in enumerate(data.parts, start=1):
-        counts += [batch.num_samples, batch.num_tokens, batch.num_slots]
+        counts += meter.counts(batch)
         with engine.micro_step(last=number == data.num_parts):
             output = engine.forward(batch.to(device))
             losses = {"generation_loss": output.generation_loss_sum * generation_scale}
@@ -343,12 +313,6 @@ def _preference_metrics(preference: PreferenceResult) -> dict[str, torch.Tensor]
         "image_reward_margin": preference.image_reward_margin,
         "preference_accuracy": preference.accuracy,
     }
-
-
-def _shown(rates: dict[str, float]) -> dict[str, float]:
-    """The rates beside the progress: what is useful instead of what is not."""
-    others = {key: value for key, value in rates.items() if key != "padding_share"}
-    return {**others, "useful_token_share": 1 - rates["padding_share"]}
 
 
 class PaddedFeed:

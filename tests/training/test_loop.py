@@ -146,7 +146,9 @@ def test_learns_and_reports(parts, tmp_path, precision):
         "gradient_norm",
         "samples_per_second",
         "tokens_per_second",
-        "padding_share",
+        "useful_token_share",
+        "peak_memory_gb",
+        "mfu",
     }
     assert summary.num_steps == 40
     assert set(summary.metrics) == set(logged[40])

@@ -19,6 +19,7 @@ from shellv_core.training.batches import Batch
 from shellv_core.training.config import TrainingConfig
 from shellv_core.training.model import StepOutput, TrainingModel
 from shellv_core.training.packed import PackedRow
+from shellv_core.training.parts import PartName, learning_rates, part_of
 
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -96,15 +97,10 @@ def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.opti
     Raises:
         TrainingError: if nothing is trainable.
     """
-    rates = {
-        "projector": config.projector_learning_rate,
-        "language_model": config.language_model_learning_rate,
-        "heads": module.hacl.learning_rate,
-    }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    rates = learning_rates(module, config)
+    groups: dict[tuple[PartName, bool], list[nn.Parameter]] = {}
     for name, parameter in trainable(module).items():
-        part = "heads" if name.startswith("heads.") else "projector" if "projector" in name else "language_model"
-        groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
     return torch.optim.AdamW(
