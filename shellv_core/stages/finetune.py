@@ -53,6 +53,7 @@ def run(config: FinetuneConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
+        shared=True,
     )
 
 
@@ -64,12 +65,14 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.model import TrainingModel, frozen_copy
+    from shellv_core.training.processes import first_on_node
 
     config, data = run.config, TrainingData.of(run.inputs["data"], "train")
     quantization = config.lora.quantization if config.lora else None
     check_quantization(quantization)
     compute_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    base = run.inputs["model"].fetch_tree("model/")
+    with first_on_node():
+        base = run.inputs["model"].fetch_tree("model/")
     model, processor = load_model(base, quantization=quantization, compute_dtype=compute_dtype)
     heads = start_heads(config.hacl, model, config.seed, run.inputs["model"])
     module = TrainingModel(model, heads, config.hacl, config.preference)
@@ -89,6 +92,8 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.log_metrics,
         "finetune",
     )
+    if not run.first:
+        return
     module.to("cpu")
     if adapted is None:
         save_model(model, processor, run.work / "model")
@@ -98,4 +103,4 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.output.put_tree(run.work / "adapter", "adapter")
     put_heads(heads, run)
     run.metrics.update(summary.metrics)
-    run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri)
+    run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri, **summary.details)

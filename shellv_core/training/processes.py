@@ -63,6 +63,15 @@ def launched() -> Launch:
     return Launch(*map(int, values))
 
 
+def leave_first_to_speak() -> None:
+    """Wait a moment in processes other than the first: what fails in all is then reported once.
+
+    The launcher ends a run's other processes when one has failed.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(GRACE_SECONDS)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Launch]:
     """Within it, the processes of a launch can talk: through gloo, and on CUDA (one device a process) through NCCL.

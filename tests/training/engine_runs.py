@@ -142,7 +142,7 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
 def work(number: int, world: int, folder: str, cases: dict[str, Case], home: str, shards: str | None) -> None:
     """Compute `cases` as process `number` and leave them as ``NUMBER.pt`` in `folder`."""
     torch.set_num_threads(1)
-    os.environ["SHELLV_HOME"] = home
+    os.environ |= {"SHELLV_HOME": home, "LOCAL_RANK": str(number)}
     if world > 1:
         distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=number, world_size=world, timeout=timedelta(seconds=60)

@@ -246,6 +246,7 @@ def zero_config(config: TrainingConfig) -> dict[str, Any]:
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     # On CPU it would compile a faster all-reduce, for minutes.
