@@ -211,11 +211,11 @@ class ZeroEngine:
 
     def _gather(self) -> None:
         """Leave plain modules with whole parameters in the first process, on CPU; empty ones elsewhere."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         whole: dict[int, nn.Parameter] = {}
         for parameter in self.module.parameters():
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 data = parameter.detach().cpu().clone() if rank() == 0 else torch.empty(0)
             whole[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
         self._engine.destroy()
