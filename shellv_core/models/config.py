@@ -139,3 +139,12 @@ class LoraConfig(Config):
     #: QLoRA: the frozen linear layers of the language model in 4 bits (nf4, its constants quantized too) or 8 bits
     #: (int8) while the adapters learn. Adapters are the same files either way and belong to the unquantized model.
     quantization: Quantization | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if self.dora and self.quantization == "int8":
+            raise ValueError(
+                "dora=true does not go together with quantization=int8, whose scales the libraries lose on CPUs; give"
+                " quantization=nf4 or null"
+            )
+        return self

@@ -39,6 +39,10 @@ class HaclHeads(nn.Module):
         )
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
 
+    def forward(self) -> torch.Tensor:
+        """The temperature, a scalar; by a call, so that an engine that shards parameters knows that it is read."""
+        return self.temperature.clone()
+
     def embed_images(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (..., hidden_size) to normalized float32 (..., output_size)."""
         return functional.normalize(self.vision_projector(hidden_states).float(), dim=-1)

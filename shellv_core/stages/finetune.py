@@ -11,6 +11,7 @@ from pydantic import model_validator
 from shellv_core.models.config import LoraConfig
 from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.training_report import put_report
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 
 
@@ -54,6 +55,7 @@ def run(config: FinetuneConfig) -> StageResult:
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
         shared=True,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -91,9 +93,11 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.work,
         run.log_metrics,
         "finetune",
+        checkpoint_address=run.checkpoints,
     )
     if not run.first:
         return
+    put_report("finetune", run, module, run.config.training)
     module.to("cpu")
     if adapted is None:
         save_model(model, processor, run.work / "model")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shellv_core.models.config import ModelConfig
 from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.training_report import put_report
 from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         inputs={"data": config.data_uri},
         code=TRAINING_CODE,
         shared=True,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -77,9 +79,11 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         run.log_metrics,
         "pretrain_projector",
         run.config.alignment,
+        run.checkpoints,
     )
     if not run.first:
         return
+    put_report("pretrain_projector", run, module, run.config.training)
     module.to("cpu")
     save_model(model, processor, run.work / "model")
     run.output.put_tree(run.work / "model", "model")

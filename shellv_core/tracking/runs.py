@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shellv_core.errors import TrackingError
+from shellv_core.errors import Preempted, TrackingError
 from shellv_core.storage import home
 
 if TYPE_CHECKING:
@@ -103,6 +103,22 @@ class TrackedRun:
         for key, value in tags.items():
             self.client.set_tag(self.run_id, key, value)
 
+    def log_file(self, path: Path) -> None:
+        """Keep a local file as an artifact of the run.
+
+        Raises:
+            TrackingError: if the store does not take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_artifact(self.run_id, str(path))
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"MLflow at {tracking_uri()} does not take {path.name} as an artifact ({str(error).splitlines()[0]})."
+                " Check the artifact store of its experiment."
+            ) from None
+
     def flush(self) -> None:
         """Send what is pending."""
         for start in range(0, len(self._pending), 1000):
@@ -112,7 +128,7 @@ class TrackedRun:
 
 @contextlib.contextmanager
 def track(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[TrackedRun]:
-    """Open a run named `stage`; it ends FINISHED, or FAILED if the body raises.
+    """Open a run named `stage`; it ends FINISHED, FAILED if the body raises, or KILLED if it was asked to stop.
 
     Raises:
         TrackingError: if the store does not answer.
@@ -131,10 +147,11 @@ def track(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Ite
         run.log_params(params)
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         run.flush()
         if not attached:
-            client.set_terminated(run_id, status="FAILED")
+            killed = isinstance(error, (Preempted, KeyboardInterrupt))
+            client.set_terminated(run_id, status="KILLED" if killed else "FAILED")
         raise
     run.flush()
     if not attached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -99,6 +99,11 @@ class AlignmentConfig(Config):
 class TrainingConfig(Config):
     """How a model is trained. Learning rates follow a cosine to zero after a linear warm-up."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({
+        "checkpoint_every_steps", "checkpoint_keep", "checkpoint_uri", "divergence_factor", "divergence_steps",
+        "log_every_steps",
+    })  # fmt: skip
+
     #: Conversations per optimizer step, of all processes together.
     global_batch_size: int = Field(default=32, ge=1)
     #: Conversations per forward pass of a process; gradients accumulate until the global batch is reached. None: a
@@ -145,7 +150,18 @@ class TrainingConfig(Config):
     engine: Literal["ddp", "deepspeed"] = "ddp"
     #: With deepspeed: what processes share among them. 1: the optimizer's state; 2: gradients too; 3: weights as well.
     zero_stage: Literal[1, 2, 3] | None = None
+    #: Refuse to start where the estimate of memory says that it cannot fit; false only warns.
+    check_memory: bool = True
     checkpoint_every_steps: int = Field(default=200, ge=1)
+    #: Newest checkpoints that are kept.
+    checkpoint_keep: int = Field(default=2, ge=1)
+    #: Folder for copies of the checkpoints, so that the run can go on on another machine: an s3:// or file:// address
+    #: with {fingerprint} in it, or output for one beside the stage's output. None: they are on the local disk alone.
+    checkpoint_uri: str | None = None
+    #: Stop where the generation loss is above this many times the median of the last 100 steps, for
+    #: `divergence_steps` steps in a row. None: stop only where a loss is not finite.
+    divergence_factor: float | None = Field(default=3.0, gt=1.0)
+    divergence_steps: int = Field(default=10, ge=1)
     log_every_steps: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")
@@ -156,6 +172,11 @@ class TrainingConfig(Config):
             raise ValueError("engine=deepspeed needs zero_stage: 1, 2 or 3")
         if self.engine == "ddp" and self.zero_stage is not None:
             raise ValueError(f"zero_stage={self.zero_stage} has no effect with engine=ddp; give engine=deepspeed")
+        if self.checkpoint_uri not in (None, "output") and "{fingerprint}" not in str(self.checkpoint_uri):
+            raise ValueError(
+                f"checkpoint_uri={self.checkpoint_uri!r} would be one folder for all runs; put {{fingerprint}} into it,"
+                " as in s3://BUCKET/checkpoints/{fingerprint}, or give output"
+            )
         if self.packing and self.pack_tokens < self.max_length:
             raise ValueError(
                 f"pack_tokens={self.pack_tokens} is less than max_length={self.max_length}; a pack must hold the"

@@ -24,6 +24,7 @@ from shellv_core.training.config import AlignmentConfig, TrainingConfig
 from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
 from shellv_core.training.loop import TrainingSummary, train, train_from
+from shellv_core.training.memory import check_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
 from shellv_core.training.parts import describe_parts
@@ -67,6 +68,7 @@ def fit(
     log: Callable[[dict[str, float], int], None],
     description: str,
     alignment: AlignmentConfig | None = None,
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
@@ -75,6 +77,7 @@ def fit(
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
         work: local folder that survives a kill.
+        checkpoint_address: see `train_from`.
     """
     if torch.cuda.is_available():
         module.to("cuda")
@@ -87,11 +90,14 @@ def fit(
         if alignment:
             with first_on_node():
                 aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+        checkpoints = work / "checkpoints"
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
-                summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
+                check_memory(module, config, pack=feed.largest_pack())
+                summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
         else:
-            summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+            check_memory(module, config, examples)
+            summary = train(module, examples, features, config, seed, checkpoints, log, description, checkpoint_address)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
 
 

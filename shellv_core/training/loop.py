@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from shellv_core.config import fingerprint
-from shellv_core.errors import TrainingError
+from shellv_core.config import effective_values, fingerprint
+from shellv_core.errors import Preempted
 from shellv_core.logs import get_logger
 from shellv_core.models.compose import projector_layers
 from shellv_core.models.hacl import within_range
@@ -32,19 +32,23 @@ from shellv_core.training.batches import (
     split_rows,
     steps_per_epoch,
 )
-from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
+from shellv_core.training.checkpoints import Checkpoints
 from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.divergence import DivergenceGuard
 from shellv_core.training.engines import Engine, make_engine
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.flops import FlopFormula
+from shellv_core.training.history import HISTORY_NAME, History
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
 from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
-from shellv_core.training.processes import means, num_processes, rank, sums
+from shellv_core.training.preemption import should_stop, stop_requests
+from shellv_core.training.processes import from_first, means, num_processes, rank, sums
+from shellv_core.training.state import restore, run_state
 
 logger = get_logger(__name__)
 #: Every metric of a step.
@@ -143,6 +147,7 @@ def train(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """`train_from` padded batches of `examples`.
 
@@ -150,7 +155,7 @@ def train(
         features: of the images that `examples` number.
     """
     feed = PaddedFeed(module, examples, features, config, seed)
-    return train_from(feed, module, config, seed, checkpoint_directory, log, description)
+    return train_from(feed, module, config, seed, checkpoint_directory, log, description, checkpoint_address)
 
 
 def train_from(
@@ -161,6 +166,7 @@ def train_from(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Train the parameters of `module` that require gradients, in place.
 
@@ -169,9 +175,11 @@ def train_from(
         module: its parts that shall learn require gradients; see `set_trainable`.
         checkpoint_directory: local; a checkpoint in it is continued.
         log: receives metrics and the step, every `config.log_every_steps`.
+        checkpoint_address: folder of this run's own for copies of the checkpoints, to go on from on another machine.
 
     Raises:
-        TrainingError: if the loss is not finite, nothing is trainable, or the checkpoint is another run's.
+        TrainingError: if the loss is not finite or explodes, nothing is trainable, or the checkpoint is another run's.
+        Preempted: after a signal that asked to stop, with a checkpoint of the last step.
     """
     # Each process has a dropout of its own.
     torch.manual_seed(seed + rank())
@@ -179,26 +187,49 @@ def train_from(
     formula = FlopFormula(module, tower_runs)
     engine = make_engine(module, config)
     total = feed.total
-    identity = fingerprint(config, module.hacl, module.preference, seed, total, feed.identity)
-    checkpoint_directory.mkdir(parents=True, exist_ok=True)
-    first, position = load_checkpoint(checkpoint_directory, module, engine, identity, seed)
-    if first:
-        logger.info("%s: going on from step %d of %d", description, first, total)
-    module.train()
-    meter = Meter(module.model.device, formula, num_processes())
-    last_log = first
-    rates: dict[str, float] = {}
-    with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
-        for step, data in enumerate(feed.steps(first, position), start=first + 1):
-            rate_factor = learning_rate_factor(step, total, config.warmup_ratio)
-            meter.add(_step(module, data, engine, rate_factor, step, total, meter))
-            rates = meter.rates(feed.seconds_waited())
-            counter.update(1, loss=meter.recent[-1]["loss"], **rates)
-            if step % config.log_every_steps == 0 or step == total:
-                log({**meter.losses(step - last_log), **rates}, step)
-                last_log = step
-            if step % config.checkpoint_every_steps == 0 or step == total:
-                save_checkpoint(checkpoint_directory, module, engine, step, identity, feed.position())
+    identity = fingerprint(effective_values(config), module.hacl, module.preference, seed, total, feed.identity)
+    checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
+    with stop_requests() as request, checkpoints:
+        found = checkpoints.latest() if rank() == 0 else None
+        first, meta = from_first([found.step, found.meta] if found else [0, {"position": None, "recent_losses": []}])
+        step = first
+        if first:
+            restore(found, module, engine, seed, first)
+            logger.info("%s: going on from step %d of %d", description, first, total)
+        text_config: Any = module.model.config.text_config
+        guard = DivergenceGuard(config, text_config.vocab_size, checkpoints, meta["recent_losses"])
+        module.train()
+        meter = Meter(module.model.device, formula, num_processes())
+        highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+        history = History(checkpoint_directory / HISTORY_NAME, first) if rank() == 0 else None
+        last_log = first
+        rates: dict[str, float] = {}
+        with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
+            for step, data in enumerate(feed.steps(first, meta["position"]), start=first + 1):
+                rate_factor = learning_rate_factor(step, total, config.warmup_ratio)
+                meter.add(_step(module, data, engine, rate_factor, step, total, meter, guard))
+                rates = meter.rates(feed.seconds_waited())
+                counter.update(1, loss=meter.recent[-1]["loss"], **rates)
+                if step % config.log_every_steps == 0 or step == total:
+                    values = {**meter.losses(step - last_log), **rates, "learning_rate": highest_rate * rate_factor}
+                    if history is not None:
+                        history.add(step, values)
+                    log(values, step)
+                    last_log = step
+                stop = should_stop(bool(request.signal))
+                due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
+                if due or stop or step == total:
+                    state = run_state(module, engine)
+                    guard.check_state(step, state)
+                    if rank() == 0:
+                        checkpoints.save(step, state, {"position": feed.position(), "recent_losses": guard.recent})
+                if stop:
+                    break
+        checkpoints.wait()
+        if should_stop(bool(request.signal)):
+            raise Preempted(
+                f"stopped at step {step} by {request.signal or 'a signal'}; run the same command again to go on"
+            )
     module.eval()
     engine.close()
     return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates}, engine.details)
@@ -235,7 +266,14 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
 
 
 def _step(
-    module: TrainingModel, data: StepData, engine: Engine, rate_factor: float, step: int, total: int, meter: Meter
+    module: TrainingModel,
+    data: StepData,
+    engine: Engine,
+    rate_factor: float,
+    step: int,
+    total: int,
+    meter: Meter,
+    guard: DivergenceGuard,
 ) -> dict[str, float]:
     device = module.model.device
     hacl = module.hacl
@@ -272,11 +310,7 @@ def _step(
     meter.count(*sums(counts.tolist()))
     margins = np.reshape(sums(margins.flatten().tolist()), margins.shape)
     totals["gradient_norm"] = engine.gradient_norm()
-    if not math.isfinite(totals["loss"]) or not math.isfinite(totals["gradient_norm"]):
-        raise TrainingError(
-            f"the loss is {totals['loss']} and the gradient norm {totals['gradient_norm']} at step {step}; lower the"
-            " learning rates or max_grad_norm, or use precision=fp32."
-        )
+    guard.check(step, totals)
     engine.step(rate_factor)
     if module.heads is not None:
         engine.change(module.heads.temperature, within_range)

@@ -141,7 +141,7 @@ class TrainingModel(nn.Module):
             features, rows = gather_features(features)
         result = contrastive_loss(
             features,
-            heads.temperature,
+            heads(),
             self.hacl.negatives,
             None if self.queue is None else self.queue.contents(),
             self.hacl.text_margin,

@@ -35,6 +35,8 @@ from shellv_core.training.processes import first_on_node, num_processes, rank, s
 
 logger = get_logger(__name__)
 
+PACKS_LOOKED_AT = 2000
+
 
 class PackedFeed:
     """The steps of a loader; see `loop.Feed`."""
@@ -60,6 +62,11 @@ class PackedFeed:
                     yield self._step(packs, step)
                     if step == self.total:
                         break
+
+    def largest_pack(self) -> tuple[int, int]:
+        """Tokens of a full pack, and the most documents that one of the first epoch's first packs has."""
+        plan = self.loader.plan(0)
+        return self.loader.max_length, max(len(plan.pack(each)) for each in range(min(plan.num_packs, PACKS_LOOKED_AT)))
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shellv_core.errors import TrainingError
+from shellv_core.training.attention import ATTENTION_NAME, documents_attention
 from shellv_core.training.config import TrainingConfig
 
 CUBLAS_VARIABLE, CUBLAS_VALUE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -85,9 +86,12 @@ def _compiled(language_model: PreTrainedModel) -> Iterator[None]:
     layers = _layers(language_model)
     for layer in layers:
         layer.compile(dynamic=True)
+    # What packed attention does is other for every pack, and would be compiled anew for each.
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(documents_attention))
     try:
         yield
     finally:
+        AttentionInterface.register(ATTENTION_NAME, documents_attention)
         for layer in layers:
             layer._compiled_call_impl = None
 

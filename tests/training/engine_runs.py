@@ -89,7 +89,7 @@ def samples_of(case: Case) -> list[Sample]:
 
 
 def run(case: Case, directory: Path, shards: str | None = None) -> dict:
-    """Losses of every step, all metrics of the last, and what it ends with."""
+    """The metrics of every step, and what it ends with."""
     settings = TrainingConfig(
         **{
             "global_batch_size": 6,
@@ -113,11 +113,10 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
     set_trainable(module, settings)
     if case.lora:
         add_lora(model, LoraConfig(r=2))
-    losses, last = [], {}
+    logged = []
 
     def log(metrics, step):
-        losses.append(metrics["loss"])
-        last.update(metrics)
+        logged.append(metrics)
         if step == case.stop:
             raise Killed
 
@@ -136,7 +135,7 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
     except Killed:
         details = {}
     state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    return {"losses": losses, "last": last, "state": state, "details": details}
+    return {"metrics": logged, "state": state, "details": details}
 
 
 def work(number: int, world: int, folder: str, cases: dict[str, Case], home: str, shards: str | None) -> None:

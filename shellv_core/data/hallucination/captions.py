@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shellv_core.data.samples import HallucinatedCaption, SampleObject
+from shellv_core.endpoint.asking import Usage
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,13 @@ class RewrittenCaption:
 
 
 @dataclass
-class RewriteCounts:
+class RewriteCounts(Usage):
     """What happened, for a manifest. All counts are of rewrites, except `captions` and the requests and tokens."""
 
     captions: int = 0
     kept: Counter[str] = field(default_factory=Counter)  # by type
     rejected: Counter[str] = field(default_factory=Counter)  # by "type: reason"
     missing: Counter[str] = field(default_factory=Counter)  # by "type: reason" where a caption stays without that type
-    requests: Counter[str] = field(default_factory=Counter)  # endpoint: sent, retried, cached, failed
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: float = 0.0
 
     def add(self, other: RewriteCounts) -> None:
         """Add another worker's counts."""

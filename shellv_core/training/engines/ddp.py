@@ -60,7 +60,13 @@ class DDPEngine:
         loss.backward()
 
     def gradient_norm(self) -> float:
-        """See `Engine`; it clips at once."""
+        """See `Engine`; it clips at once.
+
+        A parameter that nothing in the step used has a gradient of 0, as in sharded engines, and not none.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return float(nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
 
     def step(self, rate_factor: float) -> None:

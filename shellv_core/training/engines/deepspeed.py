@@ -50,8 +50,9 @@ class ZeroEngine:
         optimizer = build_optimizer(module, config)
         deepspeed = _import_deepspeed()
         self._own_group = _group_of_one()
-        self._tower = contextlib.ExitStack()
-        self._tower.enter_context(_tower_apart(module))
+        self._changes = contextlib.ExitStack()
+        self._changes.enter_context(_tower_apart(module))
+        self._changes.enter_context(_without_scalars(module))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=zero_config(config), dist_init_required=False
         )
@@ -63,6 +64,7 @@ class ZeroEngine:
             )
         if self.stage == 3:
             deepspeed.zero.register_external_parameter(module.label_loss, module.model.lm_head.weight)
+        self._make_states()
         self.details: dict[str, Any] = {
             "engine": "deepspeed",
             "num_processes": num_processes(),
@@ -128,7 +130,6 @@ class ZeroEngine:
 
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine`."""
-        self._make_states()
         parameters, names = trainable(self.module), set()
         for full_name, tensor in tensors_from_first(state):
             names.add(full_name)
@@ -152,7 +153,7 @@ class ZeroEngine:
             self._gather()
         else:
             self._engine.destroy()
-        self._tower.close()
+        self._changes.close()
         if self._own_group:
             distributed.destroy_process_group()
 
@@ -163,7 +164,10 @@ class ZeroEngine:
         return flats
 
     def _make_states(self) -> None:
-        """Give the inner optimizer, which makes its state in its first step, one to be filled."""
+        """Give the inner optimizer its state, which it would make in its first step.
+
+        DeepSpeed links it to the parameters after the first step of the first group, and leaves out the others.
+        """
         for flat in self._flats():
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             self._optimizer.optimizer.state[flat] = {STEP: torch.zeros((), device=flat.device), **zeros}
@@ -251,7 +255,7 @@ def _import_deepspeed() -> Any:
 
     # On CPU it would compile a faster all-reduce, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
@@ -262,6 +266,21 @@ def _group_of_one() -> bool:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     return True
+
+
+@contextlib.contextmanager
+def _without_scalars(module: nn.Module) -> Iterator[None]:
+    """Within it, scalar parameters (the temperature) are vectors of one: DeepSpeed sends parameters as bytes."""
+    names = [name for name, parameter in module.named_parameters() if not parameter.ndim]
+    for name in names:
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.view(1)
+    try:
+        yield
+    finally:
+        for name in names:
+            parameter = module.get_parameter(name)
+            parameter.data = parameter.data.view(parameter.shape[1:])
 
 
 @contextlib.contextmanager

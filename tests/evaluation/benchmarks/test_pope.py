@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.rows import read_rows
 
 

@@ -1,20 +1,23 @@
 """CHAIR: how many of the objects that a caption names are not in the image.
 
 A scenes file holds ``{"image": "....jpg", "objects": ["dog", ...], "captions": ["A dog ...", ...]}`` rows; objects are
-COCO class names. What is there is the union of the objects and of those that the true captions mention.
+COCO class names. What is there is the union of the objects and of those that the true captions mention. COCO's own
+annotation files are read into such rows by `read_coco`.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from shellv_core.config import nearest
 from shellv_core.data.objects import COCO_CLASSES, Mention, find_mentions
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.benchmark import Outcomes, Question, Scores
-from shellv_core.evaluation.rows import check_overlap
+from shellv_core.evaluation.benchmark import Entry, Option, Outcomes, Question, Scores
+from shellv_core.evaluation.rows import check_overlap, read_document, row_id
 
 DEFAULT_PROMPT = "Describe the image."
 
@@ -63,6 +66,8 @@ class Chair:
                 )
             for name in row["objects"]:
                 if name not in COCO_CLASSES:
+                    from shellv_core.config import nearest
+
                     raise EvaluationError(
                         f"{place}: {name!r} is not one of COCO's 80 classes; {nearest(str(name), COCO_CLASSES)}"
                     )
@@ -120,3 +125,82 @@ class Chair:
             judgment = self.judge(image, answers.get(image, ""))
             parts[image] = (len(judgment.hallucinated), len(judgment.mentions))
         return {"chair_instance_rate": parts}
+
+    def read_answers(self, path: Path) -> dict[str, str]:
+        """Image name -> caption of rows that name the image or its COCO id, or of a results file with imgToEval."""
+        document = read_document(path)
+        if isinstance(document, dict) and isinstance(document.get("imgToEval"), dict):
+            rows: list[Any] = list(document["imgToEval"].values())
+        else:
+            rows = document if isinstance(document, list) else [document]
+        by_number = {_number_in(image): image for image in self.present}
+        answers: dict[str, str] = {}
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise EvaluationError(f"{path}, row {number}: {row!r} is not a JSON object.")
+            named = row.get("image_id", row.get("image"))
+            name = row_id(row, number, str(path)) if named is None else str(named)
+            if name not in self.present:
+                name = by_number.get(_number_in(name), name)
+            caption = next((row[key] for key in ("caption", "text", "answer", "response") if key in row), None)
+            if not isinstance(caption, str):
+                raise EvaluationError(
+                    f"{path}, row {number}: needs a string under 'caption' or 'text', got {caption!r}."
+                )
+            if name in answers:
+                raise EvaluationError(f"{path}, row {number}: {name!r} has two captions; keep one row for each image.")
+            answers[name] = caption
+        return answers
+
+
+def read_coco(instances: Mapping[str, Any], captions: Mapping[str, Any] | None, source: str) -> list[dict[str, Any]]:
+    """Scenes of COCO's annotation files: the classes of an image's instances, and its captions where there are any.
+
+    Raises:
+        EvaluationError: if a list is missing.
+    """
+    for part, content in (("images", instances), ("annotations", instances), ("categories", instances)):
+        if not isinstance(content.get(part), list):
+            raise EvaluationError(f"{source}: has no list {part}; take COCO's instances file.")
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    objects: dict[int, set[str]] = defaultdict(set)
+    for annotation in instances["annotations"]:
+        objects[annotation["image_id"]].add(names[annotation["category_id"]])
+    told: dict[int, list[str]] = defaultdict(list)
+    for annotation in (captions or {}).get("annotations", ()):
+        told[annotation["image_id"]].append(annotation["caption"])
+    return [
+        {"image": image["file_name"], "objects": sorted(objects[image["id"]]), "captions": told[image["id"]]}
+        for image in instances["images"]
+    ]
+
+
+def _number_in(image: str) -> int | None:
+    """COCO's id in a file name, which its last digits are."""
+    match = re.search(r"(\d+)(?:\.\w+)?$", image)
+    return int(match.group(1)) if match else None
+
+
+def _open(questions: Path, captions: Path | None = None) -> Chair:
+    document = read_document(questions)
+    if isinstance(document, dict) and "annotations" in document:
+        told = None if captions is None else read_document(captions)
+        return Chair(read_coco(document, told, str(questions)), source=str(questions))
+    return Chair(document if isinstance(document, list) else [document], source=str(questions))
+
+
+ENTRIES = (
+    Entry(
+        name="chair",
+        summary="CHAIR: objects that a caption names and the image does not show, on COCO",
+        questions="COCO's instances_val2014.json, or rows of image, objects, captions",
+        answers="rows of caption or text with COCO's image_id, image or question_id, or a results file with imgToEval\n"
+        '{"image_id": 391895, "caption": "A man rides a bike."}',
+        published="https://cocodataset.org/#download, annotations_trainval2014",
+        metrics="instance rate (CHAIR_i, of mentions), sentence rate (CHAIR_s), recall",
+        rules="this project's words for COCO's classes, not the authors' list",
+        open=_open,
+        read=lambda chair, path: chair.read_answers(path),
+        options=(Option("captions", "COCO's captions_val2014.json, whose objects are there too"),),
+    ),
+)

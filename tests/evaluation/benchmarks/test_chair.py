@@ -2,7 +2,7 @@ import pytest
 
 from shellv_core.data.objects import COCO_CLASSES, find_mentions
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.chair import Chair
+from shellv_core.evaluation.benchmarks.chair import Chair
 
 
 def classes(text):
