@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed
 
@@ -16,6 +17,7 @@ from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
 from shellv_core.storage import InputDirectory
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
+from shellv_core.training.engines import deepspeed as zero
 from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
@@ -57,6 +59,9 @@ CASES = {
         lora=True,
     ),
 }
+
+#: Measured, not computed.
+RATES = ("samples_per_second", "tokens_per_second", "peak_memory_gb", "data_wait_share", "mfu", "useful_token_share")
 
 
 class Killed(Exception):
@@ -141,6 +146,8 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
 def work(number: int, world: int, folder: str, cases: dict[str, Case], home: str, shards: str | None) -> None:
     """Compute `cases` as process `number` and leave them as ``NUMBER.pt`` in `folder`."""
     torch.set_num_threads(1)
+    # So that ZeRO-3 shards most of a tiny model.
+    zero.PERSISTENCE_THRESHOLD = 50
     os.environ |= {"SHELLV_HOME": home, "LOCAL_RANK": str(number)}
     if world > 1:
         distributed.init_process_group(
@@ -159,3 +166,16 @@ def spawn(world: int, folder: Path, cases: dict[str, Case], home: Path, shards: 
     (folder / "store").unlink(missing_ok=True)
     torch.multiprocessing.spawn(work, (world, str(folder), cases, str(home), shards), nprocs=world)
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(world)]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """The later steps of `expected`, as many as `found` has, and what both end with, within float tolerance."""
+    metrics = expected["metrics"][-len(found["metrics"]) :]
+    for step, (mine, theirs) in enumerate(zip(found["metrics"], metrics, strict=True)):
+        assert mine.keys() == theirs.keys(), step
+        for name in theirs.keys() - set(RATES):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (step, name)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), step
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        torch.testing.assert_close(found["state"][name], value, rtol=1e-4, atol=2e-5, msg=name)

@@ -49,19 +49,15 @@ class ZeroEngine:
         self.module, self.stage = module, config.zero_stage or 0
         optimizer = build_optimizer(module, config)
         deepspeed = _import_deepspeed()
-        self._own_group = _group_of_one()
-        self._changes = contextlib.ExitStack()
-        self._changes.enter_context(_tower_apart(module))
-        self._changes.enter_context(_without_scalars(module))
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=zero_config(config), dist_init_required=False
-        )
-        in_use = self._engine.zero_optimization_stage() if isinstance(self._engine, deepspeed.DeepSpeedEngine) else None
-        if in_use != self.stage:
-            raise TrainingError(
-                f"DeepSpeed with ZeRO-{self.stage} was asked for, {type(self._engine).__name__} with stage {in_use}"
-                " came."
+        with contextlib.ExitStack() as changes:
+            changes.enter_context(_group_of_one())
+            changes.enter_context(_tower_apart(module))
+            changes.enter_context(_without_scalars(module))
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=zero_config(config), dist_init_required=False
             )
+            self._check(deepspeed.DeepSpeedEngine)
+            self._changes = changes.pop_all()
         if self.stage == 3:
             deepspeed.zero.register_external_parameter(module.label_loss, module.model.lm_head.weight)
         self._make_states()
@@ -154,8 +150,15 @@ class ZeroEngine:
         else:
             self._engine.destroy()
         self._changes.close()
-        if self._own_group:
-            distributed.destroy_process_group()
+
+    def _check(self, kind: type) -> None:
+        """Refuse another engine than was asked for: launchers are known to fall back in silence."""
+        in_use = self._engine.zero_optimization_stage() if isinstance(self._engine, kind) else None
+        if in_use != self.stage:
+            raise TrainingError(
+                f"DeepSpeed with ZeRO-{self.stage} was asked for; what came is {type(self._engine).__name__} with stage"
+                f" {in_use}."
+            )
 
     def _flats(self) -> list[torch.Tensor]:
         """This process's shares of the float32 weights, flat, as the inner optimizer sees them."""
@@ -259,13 +262,18 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _group_of_one() -> bool:
-    """Let a single process be a group, as DeepSpeed wants one; returns whether that was needed."""
+@contextlib.contextmanager
+def _group_of_one() -> Iterator[None]:
+    """Within it, a single process is a group, as DeepSpeed wants one."""
     if distributed.is_initialized():
-        return False
+        yield
+        return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-    return True
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -280,7 +288,8 @@ def _without_scalars(module: nn.Module) -> Iterator[None]:
     finally:
         for name in names:
             parameter = module.get_parameter(name)
-            parameter.data = parameter.data.view(parameter.shape[1:])
+            if parameter.numel():  # Under ZeRO-3, the others are left with nothing.
+                parameter.data = parameter.data.view(())
 
 
 @contextlib.contextmanager
