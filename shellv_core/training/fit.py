@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from shellv_core.training.memory import check_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
 from shellv_core.training.parts import describe_parts
-from shellv_core.training.processes import first_on_node
+from shellv_core.training.processes import alone, first_on_node, num_processes
 from shellv_core.training.runtime import runtime
 
 logger = get_logger(__name__)
@@ -93,12 +94,19 @@ def fit(
         checkpoints = work / "checkpoints"
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
-                check_memory(module, config, pack=feed.largest_pack())
+                _check_memory(module, config, pack=feed.largest_pack())
                 summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
         else:
-            check_memory(module, config, examples)
+            _check_memory(module, config, examples)
             summary = train(module, examples, features, config, seed, checkpoints, log, description, checkpoint_address)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
+
+
+def _check_memory(module: TrainingModel, config: TrainingConfig, *what: Examples, **options: Any) -> None:
+    devices = num_processes()
+    # It makes a pass of the model, which is none of those that processes make together.
+    with alone():
+        check_memory(module, config, *what, **options, num_devices=devices, zero_stage=config.zero_stage or 0)
 
 
 def _load(

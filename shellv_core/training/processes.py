@@ -28,6 +28,7 @@ GRACE_SECONDS = 5.0
 _PEER_FAULTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 
 _waiting_group: Any = None
+_alone = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,21 @@ def rank() -> int:
 
 def num_processes() -> int:
     """Processes that train together; 1 outside of torch.distributed."""
+    if _alone:
+        return 1
     distributed = _distributed()
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process is by itself: what it computes is no part of what all compute together."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @contextlib.contextmanager
