@@ -18,11 +18,12 @@ from shellv_core.models.lora import add_lora
 from shellv_core.training.batches import batch_images, make_batch
 from shellv_core.training.checkpoints import Checkpoints, read_checkpoint
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
+from shellv_core.training.engines.base import build_optimizer
 from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
 from shellv_core.training.history import HISTORY_NAME, read_history
-from shellv_core.training.loop import build_optimizer, learning_rate_factor, set_trainable, total_steps, train
+from shellv_core.training.loop import learning_rate_factor, set_trainable, total_steps, train
 from shellv_core.training.model import TrainingModel, frozen_copy
 from tests.training.tiny import tiny_model, tiny_samples
 
