@@ -67,6 +67,14 @@ RECIPES: dict[str, Recipe] = {
     "preference": Recipe((*NO_OBJECTIVES, *preference())),
     "HACL in stage 2 and preference": Recipe((*hacl(STAGE_2), *preference())),
     "plain, as long as HACL in stage 2": Recipe(NO_OBJECTIVES, as_long_as="HACL in stage 2"),
+    "captions": Recipe((*NO_OBJECTIVES, "finetune.training.tasks=[description, detail, list]")),
+    "queue": Recipe(hacl(STAGE_2, queue_size=4096)),
+    "paper": Recipe(hacl(STAGE_2, heads="none", negatives="paired", queue_size=4096)),
+    "hacl2 w0.1": Recipe(hacl(STAGE_2, weight=0.1)),
+    "hacl1 w0.1": Recipe(hacl(STAGE_1, weight=0.1)),
+    "preference w0.3": Recipe((*NO_OBJECTIVES, *preference(weight=0.3))),
+    "preference b0.5": Recipe((*NO_OBJECTIVES, *preference(beta=0.5))),
+    "preference w3": Recipe((*NO_OBJECTIVES, *preference(weight=3))),
 }
 
 

@@ -30,7 +30,7 @@ from shellv_core.stages.presets import stage_config
 from shellv_core.storage import InputDirectory, home
 from shellv_core.templates import template_of
 from shellv_core.training.batches import Batch, batch_images, count_label_tokens, make_batch, plan_epoch
-from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
+from shellv_core.training.examples import TYPES, Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, cached_features
 from shellv_core.training.fit import TrainingData
 from shellv_core.training.model import TrainingModel, frozen_copy
@@ -39,7 +39,23 @@ from tests.bench.efficacy import RECIPES, markdown_table, preference, run_stages
 RECIPE = "HACL in stage 2"
 PARTS = ("projector", "language model")
 OBJECTIVES = ("generation", "contrast", "preference")
-NUM_PAIRS = 4000
+NUM_PAIRS, NUM_TOLD, BATCH_TO_TELL = 4000, 2048, 64
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How the contrast's embeddings tell a caption from its hallucinated caption of one type.
+
+    Attributes:
+        text_distance: mean cosine distance of the two texts' embeddings.
+        margin: mean of cos(image, caption) - cos(image, hallucinated caption).
+        right, blind: shares of pairs with a positive margin, with their own image and with another one.
+    """
+
+    text_distance: float
+    margin: float
+    right: float
+    blind: float
 
 
 @dataclass(frozen=True)
@@ -172,13 +188,55 @@ def tables(content: Mapping[str, Any]) -> str:
             "Share of held-out pairs of a caption and its hallucinated caption that a text classifier tells apart, in"
             " percent with its 95 % interval; 50 is chance.",
             markdown_table(["type", "pair accuracy", "pairs"], told),
+            "## What the contrast's embeddings tell",
+            "Mean cosine distance of a caption's and its hallucinated caption's embeddings, mean margin (the image's"
+            " cosine with the caption less that with the hallucinated one), and shares of pairs with a positive margin,"
+            " in percent, with the own image and with another one.",
+            markdown_table(
+                ["model", "type", "text distance", "margin", "right", "right with another image"],
+                [
+                    [
+                        name,
+                        kind,
+                        f"{each['text_distance']:.3f}",
+                        f"{each['margin']:+.3f}",
+                        f"{100 * each['right']:.1f}",
+                        f"{100 * each['blind']:.1f}",
+                    ]
+                    for name, told_by_type in content["telling"].items()
+                    for kind, each in told_by_type.items()
+                ],
+            ),
             "## Where gradients reach",
-            f"Of {content['batches']} batches. Norms as a multiple of the generation loss's, at weight 1; cosines with the"
-            " generation loss's gradient, both summed over the batches; agreement is the norm of the sum by the sum of"
-            f" the norms (1 / sqrt({content['batches']}) = {content['batches'] ** -0.5:.2f} is noise). Accuracies in percent.",
+            f"Of {content['batches']} batches. Norms as a multiple of the generation loss's, at weight 1; cosines with"
+            " the generation loss's gradient, both summed over the batches; agreement is the norm of the sum by the sum"
+            f" of the norms ({content['batches'] ** -0.5:.2f}, 1 / sqrt(batches), is noise). Accuracies in percent.",
             markdown_table(head, rows),
         ]
     )
+
+
+@torch.no_grad()
+def telling(module: TrainingModel, parts: Iterator[tuple[Batch, int]]) -> dict[str, Telling]:
+    """Type -> how the embeddings of the contrast tell."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for batch, _ in parts:
+        features = module(batch).features
+        lies_ND, types = features.hallucinated[:, 0], features.hallucinated_type[:, 0].tolist()
+        differences_ND = features.caption - lies_ND
+        margins = (features.image * differences_ND).sum(-1).tolist()
+        elsewhere = (features.image.roll(1, 0) * differences_ND).sum(-1).tolist()
+        distances = (1 - (features.caption * lies_ND).sum(-1)).tolist()
+        for kind, *values in zip(types, distances, margins, elsewhere, strict=True):
+            found.setdefault(TYPES[kind], []).append(tuple(values))
+    result = {}
+    for kind in sorted(found, key=TYPES.index):
+        distances_P, margins_P, elsewhere_P = np.array(found[kind]).T
+        result[kind] = Telling(
+            float(distances_P.mean()), float(margins_P.mean()), float((margins_P > 0).mean()),
+            float((elsewhere_P > 0).mean()),
+        )  # fmt: skip
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda: image_bytes(data.read()), examples.num_images, data.identity, module.model, processor,
                 torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
             )  # fmt: skip
+        told = telling(module, batches(config, module, examples, features, BATCH_TO_TELL, NUM_TOLD // BATCH_TO_TELL))
+        content.setdefault("telling", {})[name] = {kind: asdict(each) for kind, each in told.items()}
         for size in (config.training.global_batch_size, 4 * config.training.global_batch_size):
             found, figures = gradients(
                 config, module, batches(config, module, examples, features, size, options.batches)
