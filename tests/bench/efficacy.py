@@ -5,7 +5,7 @@
 A recipe is a set of overrides of the preset. Every seed is a study of its own, data included, so the spread is over
 data, weights and order. Stages are reused by their fingerprints below SHELLV_HOME: a killed study goes on, and a new
 recipe costs what is new in it. Written are OUTPUT.json (every figure of every seed) and OUTPUT.md (means with 95 %
-t-intervals, and differences to the plain recipe, paired by seed).
+t-intervals, and differences to the plain recipe, paired by seed); what OUTPUT.json holds already stays.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from scipy import stats
 from shellv_core.config import nearest
 from shellv_core.errors import ConfigError
 from shellv_core.stages.presets import stage_config, stage_module
-from shellv_core.stages.runner import StageResult
+from shellv_core.stages.runner import StageResult, code_digest
 from shellv_core.storage import home
 
 TRAINING_STAGES = ("pretrain_projector", "finetune")
 PLAIN = "plain"
+#: What the figures depend on.
+CODE = ("data", "evaluation", "models", "stages", "training", "templates.py")
 #: recipe -> seed -> record, as `train_and_judge` returns it
 Study = dict[str, dict[str, dict[str, Any]]]
 
@@ -46,7 +48,7 @@ STAGE_1, STAGE_2 = "pretrain_projector.hacl", "finetune.hacl"
 NO_OBJECTIVES = (f"{STAGE_1}.weight=0", f"{STAGE_2}.weight=0", "finetune.preference.weight=0")
 
 
-def hacl(*stages: str, weight: float = 0.5, **settings: object) -> tuple[str, ...]:
+def hacl(*stages: str, weight: float = 0.1, **settings: object) -> tuple[str, ...]:
     """Overrides that switch HACL on in `stages` alone."""
     values = {"weight": weight, **settings}
     return (*NO_OBJECTIVES, *(f"{stage}.{key}={value}" for stage in stages for key, value in values.items()))
@@ -54,28 +56,36 @@ def hacl(*stages: str, weight: float = 0.5, **settings: object) -> tuple[str, ..
 
 def preference(**settings: object) -> tuple[str, ...]:
     """Overrides that switch the preference objective on; its prompt is the one that the captions answer in training."""
-    values = {"weight": 1, "prompt": "Describe the image in detail.", **settings}
+    values = {"weight": 0.2, "beta": 0.5, "prompt": "Describe the image in detail.", **settings}
     return tuple(f"finetune.preference.{key}={value}" for key, value in values.items())
 
 
+#: Conversations that list what is seen are short: twice the steps take as long.
+CAPTION_TASKS = "finetune.training.tasks=[description, detail, list]"
+CAPTIONS = (CAPTION_TASKS, "finetune.training.max_steps=600")
 RECIPES: dict[str, Recipe] = {
     PLAIN: Recipe(NO_OBJECTIVES),
     "HACL in stage 2": Recipe(hacl(STAGE_2)),
     "HACL in stage 2, paired negatives": Recipe(hacl(STAGE_2, negatives="paired")),
-    "HACL in stage 1": Recipe(hacl(STAGE_1)),
-    "HACL in both stages": Recipe(hacl(STAGE_1, STAGE_2)),
+    "plain, as long as HACL in stage 2": Recipe(NO_OBJECTIVES, as_long_as="HACL in stage 2"),
     "preference": Recipe((*NO_OBJECTIVES, *preference())),
     "HACL in stage 2 and preference": Recipe((*hacl(STAGE_2), *preference())),
-    "plain, as long as HACL in stage 2": Recipe(NO_OBJECTIVES, as_long_as="HACL in stage 2"),
-    "captions": Recipe((*NO_OBJECTIVES, "finetune.training.tasks=[description, detail, list]")),
-    "queue": Recipe(hacl(STAGE_2, queue_size=4096)),
-    "paper": Recipe(hacl(STAGE_2, heads="none", negatives="paired", queue_size=4096)),
-    "hacl2 w0.1": Recipe(hacl(STAGE_2, weight=0.1)),
-    "hacl1 w0.1": Recipe(hacl(STAGE_1, weight=0.1)),
-    "preference w0.3": Recipe((*NO_OBJECTIVES, *preference(weight=0.3))),
-    "preference b0.5": Recipe((*NO_OBJECTIVES, *preference(beta=0.5))),
-    "preference w3": Recipe((*NO_OBJECTIVES, *preference(weight=3))),
+    "captions in stage 2": Recipe((*NO_OBJECTIVES, *CAPTIONS)),
+    "captions and preference in stage 2": Recipe((*NO_OBJECTIVES, *CAPTIONS, *preference())),
+    "HACL in stage 1": Recipe(hacl(STAGE_1)),
+    "HACL in both stages": Recipe(hacl(STAGE_1, STAGE_2)),
 }
+#: Tried on one seed, to choose the weights and tasks of `RECIPES`.
+SEARCH: dict[str, Recipe] = {
+    "HACL in stage 2, weight 0.5": Recipe(hacl(STAGE_2, weight=0.5)),
+    "HACL in stage 2, weight 0.5, paired, no heads, queue": Recipe(
+        hacl(STAGE_2, weight=0.5, heads="none", negatives="paired", queue_size=4096)
+    ),
+    "HACL in stage 1, weight 0.5": Recipe(hacl(STAGE_1, weight=0.5)),
+    "preference, weight 1, beta 0.1": Recipe((*NO_OBJECTIVES, *preference(weight=1, beta=0.1))),
+    "captions in stage 2, 300 steps": Recipe((*NO_OBJECTIVES, CAPTION_TASKS)),
+}
+ALL = {**RECIPES, **SEARCH}
 
 
 @dataclass(frozen=True)
@@ -169,16 +179,16 @@ def overrides_as_long(plain: Mapping[str, Any], other: Mapping[str, Any]) -> tup
 
 
 def chosen_recipes(names: Sequence[str]) -> list[str]:
-    """`names` and the recipes that they are compared with, in the order of `RECIPES`.
+    """`names` and the recipes that they are compared with, in the order of `ALL`.
 
     Raises:
         ConfigError: for an unknown name, with the nearest.
     """
     for name in names:
-        if name not in RECIPES:
-            raise ConfigError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
-    needed = {PLAIN, *names, *(RECIPES[name].as_long_as for name in names)}
-    return [name for name in RECIPES if name in needed]
+        if name not in ALL:
+            raise ConfigError(f"unknown recipe {name!r}; {nearest(name, ALL)}")
+    needed = {PLAIN, *names, *(ALL[name].as_long_as for name in names)}
+    return [name for name in ALL if name in needed]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -210,21 +220,23 @@ def verdict(study: Study, left: str, right: str) -> str:
 def pairs(study: Study) -> list[tuple[str, str]]:
     """What is compared: every recipe with the plain one, and with the plain one that trained as long."""
     result = [(name, PLAIN) for name in study if name != PLAIN]
-    return result + [(RECIPES[name].as_long_as or "", name) for name in study if RECIPES[name].as_long_as in study]
+    return result + [(ALL[name].as_long_as or "", name) for name in study if ALL[name].as_long_as in study]
 
 
 def tables(preset: str, study: Study) -> str:
     """The study as Markdown."""
     seeds = list(study[PLAIN])
     shown = "mean ± half-width of the 95 % t-interval over the seeds" if len(seeds) > 1 else "one seed, no interval"
-    plain = [study[PLAIN][seed]["stages"] for seed in seeds]
     return "\n\n".join(
         [
             f"Preset `{preset}`, seeds {', '.join(seeds)}; percent; {shown}. Made by `python -m tests.bench.efficacy`.",
             "## Figures",
             markdown_table(
-                ["recipe", *(figure.name for figure in FIGURES)],
-                [[name, *(_mean(study, name, figure.metric) for figure in FIGURES)] for name in study],
+                ["recipe", "seeds", *(figure.name for figure in FIGURES)],
+                [
+                    [name, ", ".join(study[name]), *(_mean(study, name, each.metric) for each in FIGURES)]
+                    for name in study
+                ],
             ),
             "The same with shuffled pictures (blind):",
             markdown_table(
@@ -261,7 +273,7 @@ def tables(preset: str, study: Study) -> str:
             " figure: accuracies and retrieval in percent, margins as differences of cosines times 100.",
             markdown_table(
                 ["recipe", "steps 1", "seconds 1", "steps 2", "seconds 2", "times plain", *(n for n, _ in DIAGNOSTICS)],
-                [[name, *_training_cells(list(study[name].values()), plain)] for name in study],
+                [[name, *_training_cells(study, name)] for name in study],
             ),
             "## Settings",
             markdown_table(
@@ -272,16 +284,18 @@ def tables(preset: str, study: Study) -> str:
     )
 
 
-def _training_cells(records: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> list[str]:
-    cells = []
-    for stage in TRAINING_STAGES:
-        for key in ("steps", "seconds"):
-            cells.append(f"{statistics.mean(record['stages'][stage][key] for record in records):.0f}")
-    total, base = (
-        statistics.mean(sum(stages[stage]["seconds"] for stage in TRAINING_STAGES) for stages in group)
-        for group in ([record["stages"] for record in records], plain)
+def _training_cells(study: Study, name: str) -> list[str]:
+    records = list(study[name].values())
+    cells = [
+        f"{statistics.mean(record['stages'][stage][key] for record in records):.0f}"
+        for stage in TRAINING_STAGES
+        for key in ("steps", "seconds")
+    ]
+    mine, plain = (
+        sum(each[seed]["stages"][stage]["seconds"] for seed in study[name] for stage in TRAINING_STAGES)
+        for each in (study[name], study[PLAIN])
     )
-    cells.append(f"{total / base:.2f}")
+    cells.append(f"{mine / plain:.2f}")
     for _, key in DIAGNOSTICS:
         values = [
             found[-1]
@@ -320,10 +334,20 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
+def earlier_study(output: Path, preset: str) -> Study:
+    """What OUTPUT.json holds of the same preset by the same code, so that a study can be made in parts."""
+    path = output.with_suffix(".json")
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = content.get("preset") == preset and content.get("code") == code_digest(CODE)
+    study: Study = content["study"] if same else {}
+    return study
+
+
 def write(output: Path, preset: str, study: Study) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"preset": preset, "study": study}
+    study = {name: dict(sorted(study[name].items())) for name in ALL if name in study}
+    content = {"preset": preset, "code": code_digest(CODE), "study": study}
     output.with_suffix(".json").write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(tables(preset, study) + "\n", encoding="utf-8")
 
@@ -341,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME", help="names in RECIPES")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(RECIPES), metavar="NAME", help="names in RECIPES or SEARCH"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="STAGE.key=value", help="overrides for all recipes")
     parser.add_argument("--output", type=Path, default=Path("docs/efficacy"))
     options = parser.parse_args(argv)
@@ -350,21 +376,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     names = chosen_recipes(options.recipes)
     root_uri = (home() / "efficacy").resolve().as_uri()
-    study: Study = {}
-    overrides: dict[str, Sequence[str]] = {}
-    for seed in map(str, options.seeds):
-        for name in names:
-            recipe = RECIPES[name]
-            if name not in overrides:
-                overrides[name] = [*recipe.overrides, *options.set]
-                if recipe.as_long_as:
-                    overrides[name] = overrides_as_long(study[PLAIN][seed], study[recipe.as_long_as][seed])
-            record = train_and_judge(options.preset, int(seed), overrides[name], root_uri)
+    study = earlier_study(options.output, options.preset)
+    for name in names:
+        recipe = ALL[name]
+        overrides: Sequence[str] = [*recipe.overrides, *options.set]
+        for index, seed in enumerate(map(str, options.seeds)):
+            if recipe.as_long_as and index == 0:
+                overrides = overrides_as_long(study[PLAIN][seed], study[recipe.as_long_as][seed])
+            record = train_and_judge(options.preset, int(seed), overrides, root_uri)
             study.setdefault(name, {})[seed] = record
             write(options.output, options.preset, study)
             figures = ", ".join(f"{each.name} {100 * record['figures'][each.metric]:.1f}" for each in FIGURES)
             print(f"seed {seed}, {name}: {figures}", flush=True)
-    print(tables(options.preset, study))
+    print(options.output.with_suffix(".md").read_text(encoding="utf-8"))
     return 0
 
 

@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if examples is None:
             examples = tokenize_samples(
                 data.read(), processor.tokenizer, module.model.config.image_token_id, num_image_tokens(module.model),
-                config.training.max_length, config.training.tasks, lambda count: None, template_of(processor),
+                config.training.max_length, config.training.tasks, lambda: None, template_of(processor),
                 config.preference.prompt,
             )  # fmt: skip
             features = cached_features(

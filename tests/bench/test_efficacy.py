@@ -9,7 +9,7 @@ import pytest
 from shellv_core.errors import ConfigError
 from shellv_core.stages.presets import stage_config
 from tests.bench import efficacy
-from tests.bench.efficacy import FIGURES, PLAIN, RECIPES, TRAINING_STAGES
+from tests.bench.efficacy import ALL, FIGURES, PLAIN, TRAINING_STAGES
 
 HACL = "HACL in stage 2"
 LONG = "plain, as long as HACL in stage 2"
@@ -61,9 +61,9 @@ def test_recipes_bring_along_what_they_are_compared_with() -> None:
         efficacy.chosen_recipes(["HACL in stage2"])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALL)
 def test_recipes_say_all_that_they_do_whatever_the_preset(name: str) -> None:
-    overrides = RECIPES[name].overrides
+    overrides = ALL[name].overrides
     configs = {stage: stage_config("nano", stage, overrides) for stage in TRAINING_STAGES}
     switched = [configs["pretrain_projector"].hacl.weight, configs["finetune"].hacl.weight]
     assert [weight > 0 for weight in switched] == [
@@ -80,3 +80,22 @@ def test_tables_name_every_recipe_and_mark_what_is_shown(tmp_path: Path) -> None
     assert "| **-3.3 ± 1.4** |" in text
     assert "| -3.0 -3.0 -4.0 |" in text
     assert json.loads((tmp_path / "study.json").read_text())["study"][HACL]["2"]["figures"]["chair_recall"] == 0.39
+
+
+@pytest.mark.e2e
+def test_a_study_reuses_what_is_there_and_goes_on(tmp_path: Path, tracking_store: Path, capsys) -> None:
+    arguments = ["--preset", "smoke", "--seeds", "0", "--output", str(tmp_path / "study")]
+    arguments += ["--set", "pretrain_projector.alignment.epochs=1"]
+    assert efficacy.main([*arguments, "--recipes", PLAIN]) == 0
+    first = json.loads((tmp_path / "study.json").read_text())["study"]
+    assert efficacy.main([*arguments, "--recipes", HACL]) == 0
+    study = json.loads((tmp_path / "study.json").read_text())["study"]
+    assert study[PLAIN] == first[PLAIN]
+    plain, with_hacl = (study[name]["0"]["stages"] for name in (PLAIN, HACL))
+    assert plain["pretrain_projector"] == with_hacl["pretrain_projector"]
+    assert plain["finetune"]["fingerprint"] != with_hacl["finetune"]["fingerprint"]
+    assert 0 <= with_hacl["finetune"]["metrics"]["hallucination_accuracy"] <= 1
+    made = {path.parent.name for path in (tmp_path / "project-folder" / "efficacy").glob("*/*")}
+    assert made == {"prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate"}
+    assert len(list((tmp_path / "project-folder" / "efficacy" / "finetune").iterdir())) == 2
+    assert "| HACL in stage 2 - plain |" in capsys.readouterr().out
