@@ -98,9 +98,7 @@ def find_format(path: Path) -> Found:
         ModelError: if it holds none of `FORMATS`.
     """
     if not path.exists():
-        raise ModelError(
-            f"{path} does not exist; give a checkpoint's directory, a {PROJECTOR_FILE}, or a language model's GGUF file."
-        )
+        raise ModelError(f"{path} does not exist; give a checkpoint's directory, a {PROJECTOR_FILE}, or a GGUF file.")
     if path.is_file():
         if is_gguf(path):
             return Found(path, "gguf", {})

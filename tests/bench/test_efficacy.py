@@ -83,6 +83,7 @@ def test_tables_name_every_recipe_and_mark_what_is_shown(tmp_path: Path) -> None
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_a_study_reuses_what_is_there_and_goes_on(tmp_path: Path, tracking_store: Path, capsys) -> None:
     arguments = ["--preset", "smoke", "--seeds", "0", "--output", str(tmp_path / "study")]
     arguments += ["--set", "pretrain_projector.alignment.epochs=1"]

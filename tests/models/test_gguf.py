@@ -8,10 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shellv_core.cli import main
+from shellv_core.config import apply_overrides
+from shellv_core.models.compose import build_model
+from shellv_core.stages.presets import preset
 
 gguf = pytest.importorskip("gguf")
 
-WORDS = ["<pad>", "<|im_start|>", "<|im_end|>", *"abcdefgh", "Ġ", "Ġa"]
+WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh", "Ġ", "Ġa"]
 HEADS, KEY_HEADS, HIDDEN = 4, 2, 32
 
 
@@ -73,6 +76,18 @@ def test_a_gguf_file_becomes_the_same_model_and_tokenizer(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer("abc", add_special_tokens=False)["input_ids"] == [3, 4, 5]
+
+
+def test_the_preset_takes_the_directory(tmp_path):
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    assert main(["model", "convert", str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
+    overrides = [f"{part}.pretrained={tmp_path / 'out'}" for part in ("language_model", "tokenizer")]
+    recipe = preset("smollm2").pretrain_projector.model
+    model, processor = build_model(apply_overrides(recipe, [*overrides, "vision_tower.pretrained=null"]))
+    assert model.config.text_config.model_type == "llama"
+    # One row more, for the image token; the template's markers are the model's own.
+    assert model.lm_head.out_features == len(processor.tokenizer) == len(WORDS) + 1
+    assert model.generation_config.eos_token_id == WORDS.index("<|im_end|>")
 
 
 def test_a_broken_file_leaves_nothing(tmp_path, capsys):
