@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shellv_core import __version__
-from shellv_core.errors import ConfigError, ShellVError
+from shellv_core.errors import ConfigError, Preempted, ShellVError
 from shellv_core.stages import STAGE_NAMES
 
 STAGE_HELP = {
@@ -35,7 +35,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    """Run the program; returns its exit code.
+
+    0: done. 1: failed. 2: wrong settings. 130: interrupted. 143: stopped by SIGTERM or SIGUSR1, run me again.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((each for each in arguments if not each.startswith("-")), None)
     try:
@@ -53,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShellVError as error:
         print(f"shellv: {error}", file=sys.stderr)
         return 1
+    except Preempted as stop:
+        print(f"shellv: {stop}", file=sys.stderr)
+        return stop.CODE
     except KeyboardInterrupt:
         print("shellv: interrupted", file=sys.stderr)
         return 130
@@ -118,7 +124,7 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
 def _storage_for(config: Any) -> contextlib.AbstractContextManager[Any]:
     from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
 
-    uses_s3 = any(isinstance(value, str) and value.startswith("s3://") for value in config.model_dump().values())
+    uses_s3 = '"s3://' in config.model_dump_json()
     return embedded_s3() if uses_s3 and not external_s3_configured() else contextlib.nullcontext()
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,7 +19,13 @@ from shellv_core.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, and an unknown key is an error."""
+    """Base of all settings: immutable, and an unknown key is an error.
+
+    Attributes:
+        without_effect: names of settings that do not change what comes out; see `effective_values`.
+    """
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -88,6 +94,13 @@ def fingerprint(*parts: Any) -> str:
         digest.update(canonical_json(part))
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def effective_values(config: Config) -> dict[str, Any]:
+    """The values of `config`, in JSON's types, less those that its class or an inner one names as without effect."""
+    values = config.model_dump(mode="json", exclude=set(config.without_effect))
+    inner = {name: getattr(config, name) for name in values}
+    return values | {name: effective_values(each) for name, each in inner.items() if isinstance(each, Config)}
 
 
 def canonical_json(value: Any) -> bytes:

@@ -18,6 +18,8 @@
     |- PromotionError               a promotion cannot be decided
     `- ServingError                 the endpoint cannot start or answer
 
+`Preempted` stands beside the tree: nothing is wrong, and the same command goes on.
+
 A message says what is wrong, the value received, what is allowed and what to do.
 """
 
@@ -90,3 +92,14 @@ class PromotionError(ShellVError):
 
 class ServingError(ShellVError):
     """The endpoint cannot start or answer."""
+
+
+class Preempted(SystemExit):
+    """A signal asked a run to stop, and it can go on later; uncaught, it ends the program with `CODE`."""
+
+    #: Means "run me again"; what a shell reports of a program that SIGTERM ended.
+    CODE = 143
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = self.CODE

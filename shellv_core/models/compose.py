@@ -7,6 +7,7 @@ write. Only a tower that transformers does not know adds a file: its source, to 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
@@ -37,10 +39,10 @@ from transformers import (
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shellv_core.config import nearest
-from shellv_core.errors import ModelError
+from shellv_core.errors import ConfigError, ModelError
 from shellv_core.models import efficientnet_lite
 from shellv_core.models.codeshell import is_codeshell_config
-from shellv_core.models.config import LanguageModelConfig, ModelConfig, TokenizerConfig, VisionTowerConfig
+from shellv_core.models.config import LanguageModelConfig, ModelConfig, Quantization, TokenizerConfig, VisionTowerConfig
 from shellv_core.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from shellv_core.models.initialization import initialize_for_matching
 from shellv_core.models.processor import ImageInput, make_processor, prepare_tokenizer, stop_ids
@@ -59,6 +61,8 @@ PIXEL_STATISTICS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
 }
+#: Full names: transformers would find no "vision_tower".
+UNQUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 TRANSFORMERS_TOWERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "clip": (CLIPVisionConfig, CLIPVisionModel),
     "siglip": (SiglipVisionConfig, SiglipVisionModel),
@@ -97,12 +101,35 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
         shutil.copyfile(source, Path(directory) / source.name)
 
 
+def check_quantization(quantization: Quantization | None) -> None:
+    """Check that models can be quantized here, if `quantization` is wanted.
+
+    Raises:
+        ConfigError: if bitsandbytes is missing.
+    """
+    if quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization={quantization!r} needs the package bitsandbytes, which is not installed here; install the"
+            " extra 'train', or set quantization=null."
+        )
+
+
 def load_model(
-    directory: Path, dtype: torch.dtype = torch.float32
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a model directory, every weight accounted for.
 
+    Args:
+        dtype: of the weights that are not quantized.
+        quantization: of the language model's linear layers, made while loading, on the GPU if there is one; the same
+            bits every time. Embeddings, head, projector and vision tower stay as they are.
+        compute_dtype: of matrix products with nf4 weights.
+
     Raises:
+        ConfigError: if bitsandbytes is needed and missing.
         ModelError: if there is no model in `directory`, or its weights and its config do not match exactly.
     """
     if not (Path(directory) / "config.json").is_file():
@@ -110,10 +137,16 @@ def load_model(
             f"{directory} holds no model (config.json is missing); give the model/ directory that"
             " pretrain_projector or merge_lora wrote."
         )
+    check_quantization(quantization)
     try:
         # Mismatched sizes are collected here to be named below.
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            quantization_config=_quantization_config(quantization, compute_dtype),
         )
         processor = LlavaProcessor.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -123,6 +156,20 @@ def load_model(
     if faults:
         raise ModelError(f"the weights in {directory} do not match its config.json: {faults}. Write the model again.")
     return model.eval(), processor
+
+
+def _quantization_config(quantization: Quantization | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization is None:
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(UNQUANTIZED),
+    )
 
 
 def calibrate_vision_tower(model: LlavaForConditionalGeneration, pixel_values: Iterable[torch.Tensor]) -> None:

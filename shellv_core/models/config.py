@@ -12,6 +12,7 @@ from shellv_core.config import Config, nearest
 from shellv_core.errors import ConfigError
 from shellv_core.templates import DEFAULT_TEMPLATE, Template, template_named
 
+Quantization = Literal["nf4", "int8"]
 PROJECTORS = ("linear", "mlp1x_gelu", "mlp2x_gelu")
 #: LLaVA's names.
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
@@ -133,3 +134,17 @@ class LoraConfig(Config):
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    #: DoRA: each linear layer's direction learns by the low-rank product, the length of its rows on its own.
+    dora: bool = False
+    #: QLoRA: the frozen linear layers of the language model in 4 bits (nf4, its constants quantized too) or 8 bits
+    #: (int8) while the adapters learn. Adapters are the same files either way and belong to the unquantized model.
+    quantization: Quantization | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if self.dora and self.quantization == "int8":
+            raise ValueError(
+                "dora=true does not go together with quantization=int8, whose scales the libraries lose on CPUs; give"
+                " quantization=nf4 or null"
+            )
+        return self

@@ -47,7 +47,14 @@ def add_lora(
         lora_dropout=config.dropout,
         target_modules=rf".*\.language_model\..*\.({'|'.join(names)})",
         modules_to_save=[PROJECTOR] if train_projector else None,
+        use_dora=config.dora,
     )
+    module: Any
+    for module in model.modules():
+        # On some CPUs a 4-bit layer packs its weights for inference at the first pass without gradients, and then it
+        # passes none on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config)

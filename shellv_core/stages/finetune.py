@@ -53,18 +53,25 @@ def run(config: FinetuneConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
 def _body(run: StageRun[FinetuneConfig]) -> None:
-    from shellv_core.models.compose import load_model, save_model
+    import torch
+
+    from shellv_core.models.compose import check_quantization, load_model, save_model
     from shellv_core.models.lora import add_lora, save_adapter
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.model import TrainingModel, frozen_copy
 
     config, data = run.config, TrainingData.of(run.inputs["data"], "train")
-    model, processor = load_model(run.inputs["model"].fetch_tree("model/"))
+    quantization = config.lora.quantization if config.lora else None
+    check_quantization(quantization)
+    compute_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    base = run.inputs["model"].fetch_tree("model/")
+    model, processor = load_model(base, quantization=quantization, compute_dtype=compute_dtype)
     heads = start_heads(config.hacl, model, config.seed, run.inputs["model"])
     module = TrainingModel(model, heads, config.hacl, config.preference)
     set_trainable(module, config.training)
@@ -82,6 +89,7 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.work,
         run.log_metrics,
         "finetune",
+        checkpoint_address=run.checkpoints,
     )
     module.to("cpu")
     if adapted is None:

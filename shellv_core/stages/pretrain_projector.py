@@ -44,6 +44,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri},
         code=TRAINING_CODE,
+        checkpoint_uri=config.training.checkpoint_uri,
     )
 
 
@@ -74,6 +75,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         run.log_metrics,
         "pretrain_projector",
         run.config.alignment,
+        run.checkpoints,
     )
     module.to("cpu")
     save_model(model, processor, run.work / "model")

@@ -15,13 +15,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import shellv_core
-from shellv_core.config import Config, fingerprint
+from shellv_core.config import Config, effective_values, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, check_access, home
+from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, check_access, delete_prefix, home
 
 if TYPE_CHECKING:
     from shellv_core.tracking.runs import TrackedRun
@@ -30,6 +30,7 @@ logger = get_logger(__name__)
 
 FINGERPRINT_PLACEHOLDER = "{fingerprint}"
 FINGERPRINT_DIGITS = 16
+CHECKPOINTS_BESIDE_OUTPUT = "output"
 #: The source that the training stages run.
 TRAINING_CODE = (
     *(
@@ -51,10 +52,7 @@ class StageConfig(Config):
         output_uri: folder for the output, ``s3://`` or ``file://``; ``{fingerprint}`` in it stands for the first 16
             digits of the run's fingerprint.
         seed: seed of every random choice in the stage.
-        without_effect: names of settings that do not change the output and so are no part of its identity.
     """
-
-    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     output_uri: str = ""
     seed: int = 0
@@ -80,6 +78,7 @@ class StageRun(Generic[S]):
 
     Attributes:
         work: local scratch folder, empty at the first try; it survives a kill and goes at the commit.
+        checkpoints: address for copies of the checkpoints, which go at the commit too; None for none.
         metrics, details: filled by the body, recorded in the manifest and the result.
     """
 
@@ -89,6 +88,7 @@ class StageRun(Generic[S]):
     output: OutputDirectory
     work: Path
     tracked: TrackedRun
+    checkpoints: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -104,6 +104,7 @@ def run_stage(
     inputs: Mapping[str, str | None] | None = None,
     code: Sequence[str] = (),
     reuse: Callable[[Manifest], bool] = lambda committed: True,
+    checkpoint_uri: str | None = None,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -114,17 +115,22 @@ def run_stage(
         code: subpackages of the library whose source is part of the identity.
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.
+        checkpoint_uri: see `TrainingConfig.checkpoint_uri`.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
             such an error is removed.
     """
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
-    output, directories = open_stage(name, config, sources, code)
+    elsewhere = [checkpoint_uri] if checkpoint_uri and checkpoint_uri != CHECKPOINTS_BESIDE_OUTPUT else []
+    output, directories = open_stage(name, config, sources, code, elsewhere)
     uri, identity = output.uri, output.fingerprint
+    checkpoints = _checkpoint_address(checkpoint_uri, output)
     committed = output.finished()
     if committed and reuse(committed):
         logger.info("%s: reusing %s", name, uri)
+        if checkpoints:
+            delete_prefix(checkpoints)  # A kill right after the commit leaves them.
         return _result(uri, committed, reused=True)
     output.begin(replace=committed is not None)
     work = work_folder(name, output)
@@ -134,7 +140,7 @@ def run_stage(
     tags = {"shellv.fingerprint": identity, "shellv.output_uri": uri, "shellv.library_version": shellv_core.__version__}
     tags |= {f"shellv.input.{key}": directory.content_sha256 for key, directory in directories.items()}
     with aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
-        run = StageRun(config, identity, directories, output, work, tracked)
+        run = StageRun(config, identity, directories, output, work, tracked, checkpoints)
         body(run)
         tracked.log_metrics(run.metrics)
         manifest = output.commit(
@@ -150,32 +156,35 @@ def run_stage(
             )
         )
     shutil.rmtree(work, ignore_errors=True)
+    if checkpoints:
+        delete_prefix(checkpoints)
     return _result(uri, manifest, reused=False)
 
 
 def open_stage(
-    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str]
+    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str], others: Sequence[str] = ()
 ) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
 
     Args:
         inputs: input name -> URI of a committed folder.
         code: see `run_stage`.
+        others: further addresses that the run writes to.
 
     Raises:
         ShellVError: with all faults of access at once.
     """
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
-    _check_all([config.output_uri, *inputs.values()])
+    _check_all([config.output_uri, *inputs.values(), *others])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
-    excluded = {"output_uri", *config.without_effect, *(f"{key}_uri" for key in inputs)}
+    addresses = {"output_uri", *(f"{key}_uri" for key in inputs)}
     identity = fingerprint(
         name,
-        config.model_dump(mode="json", exclude=excluded),
+        {key: value for key, value in effective_values(config).items() if key not in addresses},
         {key: directory.content_sha256 for key, directory in directories.items()},
         code_digest([f"stages/{name}.py", *code]),
     )
-    uri = config.output_uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
+    uri = _with_fingerprint(config.output_uri, identity)
     return OutputDirectory(uri, identity), directories
 
 
@@ -184,6 +193,17 @@ def work_folder(name: str, output: OutputDirectory) -> Path:
     work = home() / "work" / f"{name}-{output.fingerprint[:FINGERPRINT_DIGITS]}"
     work.mkdir(parents=True, exist_ok=True)
     return work
+
+
+def _with_fingerprint(uri: str, identity: str) -> str:
+    return uri.replace(FINGERPRINT_PLACEHOLDER, identity[:FINGERPRINT_DIGITS])
+
+
+def _checkpoint_address(checkpoint_uri: str | None, output: OutputDirectory) -> str | None:
+    if checkpoint_uri == CHECKPOINTS_BESIDE_OUTPUT:
+        # Beside, not inside: an output that failed is removed, and its last good checkpoint is not.
+        checkpoint_uri = f"{output.uri}.checkpoints/{FINGERPRINT_PLACEHOLDER}"
+    return checkpoint_uri and _with_fingerprint(checkpoint_uri, output.fingerprint)
 
 
 def code_digest(parts: Sequence[str]) -> str:

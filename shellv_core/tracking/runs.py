@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shellv_core.errors import TrackingError
+from shellv_core.errors import Preempted, TrackingError
 from shellv_core.storage import home
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class TrackedRun:
 
 @contextlib.contextmanager
 def track(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[TrackedRun]:
-    """Open a run named `stage`; it ends FINISHED, or FAILED if the body raises.
+    """Open a run named `stage`; it ends FINISHED, FAILED if the body raises, or KILLED if it was asked to stop.
 
     Raises:
         TrackingError: if the store does not answer.
@@ -131,10 +131,11 @@ def track(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Ite
         run.log_params(params)
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         run.flush()
         if not attached:
-            client.set_terminated(run_id, status="FAILED")
+            killed = isinstance(error, (Preempted, KeyboardInterrupt))
+            client.set_terminated(run_id, status="KILLED" if killed else "FAILED")
         raise
     run.flush()
     if not attached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -99,6 +99,11 @@ class AlignmentConfig(Config):
 class TrainingConfig(Config):
     """How a model is trained. Learning rates follow a cosine to zero after a linear warm-up."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({
+        "checkpoint_every_steps", "checkpoint_keep", "checkpoint_uri", "divergence_factor", "divergence_steps",
+        "log_every_steps",
+    })  # fmt: skip
+
     #: Conversations per optimizer step.
     global_batch_size: int = Field(default=32, ge=1)
     #: Conversations per forward pass; smaller than the global batch, gradients accumulate. None: all at once.
@@ -117,6 +122,15 @@ class TrainingConfig(Config):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     #: bf16: matrix products in bfloat16 by autocast, weights and optimizer in float32.
     precision: Literal["fp32", "bf16"] = "fp32"
+    #: Compute the matrix products and convolutions that stay in float32 as TF32, on GPUs that have it.
+    tf32: bool = False
+    #: Keep the inputs of the language model's layers alone and compute the rest again in the backward pass: less
+    #: memory, about a third more time, the same gradients.
+    gradient_checkpointing: bool = False
+    #: Compile the language model's layers with torch.compile, for any lengths.
+    compile: bool = False
+    #: Use deterministic kernels only: two runs on the same machine give the same bits. Slower on a GPU.
+    deterministic: bool = False
     #: Tokens per conversation, image tokens included; longer ones are cut.
     max_length: int = Field(default=2048, ge=8)
     #: Compute the frozen vision tower's features once and keep them on disk; false runs the tower in every step. Packs
@@ -132,12 +146,26 @@ class TrainingConfig(Config):
     #: With packing: positions whose logits exist at a time.
     loss_chunk: int = Field(default=1024, ge=1)
     checkpoint_every_steps: int = Field(default=200, ge=1)
+    #: Newest checkpoints that are kept.
+    checkpoint_keep: int = Field(default=2, ge=1)
+    #: Folder for copies of the checkpoints, so that the run can go on on another machine: an s3:// or file:// address
+    #: with {fingerprint} in it, or output for one beside the stage's output. None: they are on the local disk alone.
+    checkpoint_uri: str | None = None
+    #: Stop where the generation loss is above this many times the median of the last 100 steps, for
+    #: `divergence_steps` steps in a row. None: stop only where a loss is not finite.
+    divergence_factor: float | None = Field(default=3.0, gt=1.0)
+    divergence_steps: int = Field(default=10, ge=1)
     log_every_steps: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if not self.trainable:
             raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.checkpoint_uri not in (None, "output") and "{fingerprint}" not in str(self.checkpoint_uri):
+            raise ValueError(
+                f"checkpoint_uri={self.checkpoint_uri!r} would be one folder for all runs; put {{fingerprint}} into it,"
+                " as in s3://BUCKET/checkpoints/{fingerprint}, or give output"
+            )
         if self.packing and self.pack_tokens < self.max_length:
             raise ValueError(
                 f"pack_tokens={self.pack_tokens} is less than max_length={self.max_length}; a pack must hold the"

@@ -26,6 +26,8 @@ from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFea
 from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
+from shellv_core.training.parts import describe_parts
+from shellv_core.training.runtime import runtime
 
 logger = get_logger(__name__)
 NO_IMAGES = torch.zeros(0, 0, 0)
@@ -64,25 +66,30 @@ def fit(
     log: Callable[[dict[str, float], int], None],
     description: str,
     alignment: AlignmentConfig | None = None,
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
         work: local folder that survives a kill.
+        checkpoint_address: see `train_from`.
     """
     if torch.cuda.is_available():
         module.to("cuda")
+    logger.info("%s, part by part:\n%s", description, describe_parts(module, config))
     aligned: dict[str, float] = {}
-    if alignment or not config.packing:
-        examples, features = _load(module, processor, data, config, work)
-    if alignment:
-        aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
-    if config.packing:
-        with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
-            summary = train_from(feed, module, config, seed, work / "checkpoint", log, description)
-    else:
-        summary = train(module, examples, features, config, seed, work / "checkpoint", log, description)
+    with runtime(module.model, config):
+        if alignment or not config.packing:
+            examples, features = _load(module, processor, data, config, work)
+        if alignment:
+            aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+        checkpoints = work / "checkpoints"
+        if config.packing:
+            with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+                summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
+        else:
+            summary = train(module, examples, features, config, seed, checkpoints, log, description, checkpoint_address)
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
 
 

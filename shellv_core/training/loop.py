@@ -7,10 +7,10 @@ goes on from its last checkpoint and ends with the same weights, bit for bit on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shellv_core.config import fingerprint
-from shellv_core.errors import TrainingError
+from shellv_core.config import effective_values, fingerprint
+from shellv_core.errors import Preempted, TrainingError
 from shellv_core.logs import get_logger
 from shellv_core.models.compose import projector_layers
 from shellv_core.progress import Progress
@@ -31,18 +31,22 @@ from shellv_core.training.batches import (
     plan_epoch,
     steps_per_epoch,
 )
-from shellv_core.training.checkpoint import load_checkpoint, save_checkpoint
+from shellv_core.training.checkpoints import Checkpoints, module_state, restore
 from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.divergence import DivergenceGuard
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
+from shellv_core.training.flops import FlopFormula
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
+from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
+from shellv_core.training.parts import PartName, learning_rates, part_of
+from shellv_core.training.preemption import should_stop, stop_requests
 
 logger = get_logger(__name__)
-SUMMARY_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -87,45 +91,11 @@ class TrainingSummary:
     """How a run went; rates count this process only, not what an earlier one did before a kill.
 
     Attributes:
-        metrics: losses (means over the last 50 steps), samples_per_second, tokens_per_second (without padding),
-            padding_share (with packing: of a pack's room), data_wait_share (of the time).
+        metrics: losses (means over the last 50 steps) and what `meter.Meter.rates` gives.
     """
 
     num_steps: int
     metrics: dict[str, float]
-
-
-@dataclass
-class _Meter:
-    """Counts of this process, and losses since the last log line and over the last steps."""
-
-    start: float = field(default_factory=time.monotonic)
-    samples: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    recent: list[dict[str, float]] = field(default_factory=list)
-
-    def count(self, batch: Batch | PackedRow) -> None:
-        self.samples += batch.num_samples
-        self.tokens += batch.num_tokens
-        self.padded_tokens += batch.num_slots
-
-    def add(self, losses: dict[str, float]) -> None:
-        self.recent = [*self.recent[1 - SUMMARY_STEPS :], losses]
-
-    def losses(self, num_steps: int) -> dict[str, float]:
-        recent = self.recent[-num_steps:]
-        keys = sorted({key for losses in recent for key in losses})
-        return {key: float(np.mean([losses[key] for losses in recent if key in losses])) for key in keys}
-
-    def rates(self, seconds_waited: float | None) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rates = {
-            "samples_per_second": self.samples / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "padding_share": 1 - self.tokens / max(self.padded_tokens, 1),
-        }
-        return rates if seconds_waited is None else {**rates, "data_wait_share": seconds_waited / seconds}
 
 
 def train(
@@ -137,6 +107,7 @@ def train(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """`train_from` padded batches of `examples`.
 
@@ -144,7 +115,7 @@ def train(
         features: of the images that `examples` number.
     """
     feed = PaddedFeed(module, examples, features, config, seed)
-    return train_from(feed, module, config, seed, checkpoint_directory, log, description)
+    return train_from(feed, module, config, seed, checkpoint_directory, log, description, checkpoint_address)
 
 
 def train_from(
@@ -155,6 +126,7 @@ def train_from(
     checkpoint_directory: Path,
     log: Callable[[dict[str, float], int], None],
     description: str = "training",
+    checkpoint_address: str | None = None,
 ) -> TrainingSummary:
     """Train the parameters of `module` that require gradients, in place.
 
@@ -163,34 +135,55 @@ def train_from(
         module: its parts that shall learn require gradients; see `set_trainable`.
         checkpoint_directory: local; a checkpoint in it is continued.
         log: receives metrics and the step, every `config.log_every_steps`.
+        checkpoint_address: folder of this run's own for copies of the checkpoints, to go on from on another machine.
 
     Raises:
-        TrainingError: if the loss is not finite, nothing is trainable, or the checkpoint is another run's.
+        TrainingError: if the loss is not finite or explodes, nothing is trainable, or the checkpoint is another run's.
+        Preempted: after a signal that asked to stop, with a checkpoint of the last step.
     """
     torch.manual_seed(seed)
     optimizer = build_optimizer(module, config)
     total = feed.total
-    identity = fingerprint(config, module.hacl, module.preference, seed, total, feed.identity)
-    checkpoint_directory.mkdir(parents=True, exist_ok=True)
-    first, position = load_checkpoint(checkpoint_directory, module, optimizer, identity)
-    if first:
-        logger.info("%s: going on from step %d of %d", description, first, total)
-    module.train()
-    meter = _Meter()
-    last_log = first
-    rates: dict[str, float] = {}
-    with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
-        for step, data in enumerate(feed.steps(first, position), start=first + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-            meter.add(_step(module, data, config, optimizer, step, total, meter))
-            rates = meter.rates(feed.seconds_waited())
-            counter.update(1, loss=meter.recent[-1]["loss"], **_shown(rates))
-            if step % config.log_every_steps == 0 or step == total:
-                log({**meter.losses(step - last_log), **rates}, step)
-                last_log = step
-            if step % config.checkpoint_every_steps == 0 or step == total:
-                save_checkpoint(checkpoint_directory, module, optimizer, step, identity, feed.position())
+    values = effective_values(config)
+    identity = fingerprint(values, module.hacl, module.preference, seed, total, feed.identity)
+    checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
+    with stop_requests() as request, checkpoints:
+        found = checkpoints.latest()
+        first = step = found.step if found else 0
+        if found:
+            restore(found, module, optimizer)
+            logger.info("%s: going on from step %d of %d", description, first, total)
+        meta = found.meta if found else {"position": None, "recent_losses": []}
+        text_config: Any = module.model.config.text_config
+        guard = DivergenceGuard(config, text_config.vocab_size, checkpoints, meta["recent_losses"])
+        module.train()
+        tower_runs = config.packing or not config.cache_features
+        meter = Meter(module.model.device, FlopFormula(module, tower_runs))
+        last_log = first
+        rates: dict[str, float] = {}
+        with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
+            for step, data in enumerate(feed.steps(first, meta["position"]), start=first + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
+                meter.add(_step(module, data, config, optimizer, step, total, meter, guard))
+                rates = meter.rates(feed.seconds_waited())
+                counter.update(1, loss=meter.recent[-1]["loss"], **rates)
+                if step % config.log_every_steps == 0 or step == total:
+                    log({**meter.losses(step - last_log), **rates}, step)
+                    last_log = step
+                stop = should_stop(bool(request.signal))
+                due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
+                if due or stop or step == total:
+                    state = module_state(module, optimizer)
+                    guard.check_state(step, state)
+                    checkpoints.save(step, state, {"position": feed.position(), "recent_losses": guard.recent})
+                if stop:
+                    break
+        checkpoints.wait()
+        if should_stop(bool(request.signal)):
+            raise Preempted(
+                f"stopped at step {step} by {request.signal or 'a signal'}; run the same command again to go on"
+            )
     module.eval()
     return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates})
 
@@ -203,8 +196,9 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
         for layer in projector_layers(inner):
             layer.requires_grad_(True)
     if "language_model" in config.trainable:
-        inner.model.language_model.requires_grad_(True)
-        inner.lm_head.requires_grad_(True)
+        for parameter in itertools.chain(inner.model.language_model.parameters(), inner.lm_head.parameters()):
+            # Quantized weights cannot.
+            parameter.requires_grad_(parameter.is_floating_point())
     if module.heads is not None:
         module.heads.requires_grad_(True)
 
@@ -215,16 +209,11 @@ def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.opti
     Raises:
         TrainingError: if nothing is trainable.
     """
-    rates = {
-        "projector": config.projector_learning_rate,
-        "language_model": config.language_model_learning_rate,
-        "heads": module.hacl.learning_rate,
-    }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    rates = learning_rates(module, config)
+    groups: dict[tuple[PartName, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            part = "heads" if name.startswith("heads.") else "projector" if "projector" in name else "language_model"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
     return torch.optim.AdamW(
@@ -264,7 +253,8 @@ def _step(
     optimizer: torch.optim.Optimizer,
     step: int,
     total: int,
-    meter: _Meter,
+    meter: Meter,
+    guard: DivergenceGuard,
 ) -> dict[str, float]:
     device = module.model.device
     hacl = module.hacl
@@ -293,14 +283,10 @@ def _step(
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
-        meter.count(batch)
+        meter.count(*meter.counts(batch))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    if not math.isfinite(totals["loss"]) or not math.isfinite(totals["gradient_norm"]):
-        raise TrainingError(
-            f"the loss is {totals['loss']} and the gradient norm {totals['gradient_norm']} at step {step}; lower the"
-            " learning rates or max_grad_norm, or use precision=fp32."
-        )
+    guard.check(step, totals)
     optimizer.step()
     if module.heads is not None:
         module.heads.clamp_temperature()
@@ -337,12 +323,6 @@ def _preference_metrics(preference: PreferenceResult) -> dict[str, torch.Tensor]
         "image_reward_margin": preference.image_reward_margin,
         "preference_accuracy": preference.accuracy,
     }
-
-
-def _shown(rates: dict[str, float]) -> dict[str, float]:
-    """The rates beside the progress: what is useful instead of what is not."""
-    others = {key: value for key, value in rates.items() if key != "padding_share"}
-    return {**others, "useful_token_share": 1 - rates["padding_share"]}
 
 
 class PaddedFeed:

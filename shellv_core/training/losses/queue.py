@@ -1,6 +1,6 @@
 """Features of earlier steps as further negatives: first in, first out, empty at the start.
 
-Part of a run's state: `checkpoint` keeps its buffers. Processes that push the same joined features hold the same queue.
+Part of a run's state: checkpoints keep its buffers. Processes that push the same joined features hold the same queue.
 """
 
 from __future__ import annotations
