@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -102,11 +101,16 @@ def fit(
     return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
 
 
-def _check_memory(module: TrainingModel, config: TrainingConfig, *what: Examples, **options: Any) -> None:
+def _check_memory(
+    module: TrainingModel,
+    config: TrainingConfig,
+    examples: Examples | None = None,
+    pack: tuple[int, int] | None = None,
+) -> None:
     devices = num_processes()
     # It makes a pass of the model, which is none of those that processes make together.
     with alone():
-        check_memory(module, config, *what, **options, num_devices=devices, zero_stage=config.zero_stage or 0)
+        check_memory(module, config, examples, pack, devices, config.zero_stage or 0)
 
 
 def _load(

@@ -151,7 +151,7 @@ class ZeroEngine:
             self._engine.destroy()
         self._changes.close()
 
-    def _check(self, kind: type) -> None:
+    def _check(self, kind: Any) -> None:
         """Refuse another engine than was asked for: launchers are known to fall back in silence."""
         in_use = self._engine.zero_optimization_stage() if isinstance(self._engine, kind) else None
         if in_use != self.stage:
