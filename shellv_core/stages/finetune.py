@@ -43,6 +43,11 @@ class FinetuneConfig(StageConfig):
             raise ValueError(
                 "lora adapts the language model, which training.trainable leaves out; add it or set lora=null"
             )
+        if self.lora and self.lora.quantization and self.training.zero_stage == 3:
+            raise ValueError(
+                f"lora.quantization={self.lora.quantization} does not go together with training.zero_stage=3: quantized"
+                " weights cannot be shared; take another stage or engine"
+            )
         return self
 
 

@@ -101,7 +101,7 @@ class TrainingConfig(Config):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({
         "checkpoint_every_steps", "checkpoint_keep", "checkpoint_uri", "divergence_factor", "divergence_steps",
-        "log_every_steps",
+        "engine", "log_every_steps", "zero_stage",
     })  # fmt: skip
 
     #: Conversations per optimizer step, of all processes together.

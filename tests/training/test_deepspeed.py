@@ -72,6 +72,16 @@ def resumed(folder, found):
     return results
 
 
+@pytest.fixture(scope="module")
+def changed(folder, found):
+    """What one engine computed from what the other saved."""
+    name = "cut 3"
+    shutil.copytree(folder / "two" / name, folder / "to plain")
+    plain = engine_runs.run(CASES["full"], folder / "to plain")
+    engine_runs.run(dataclasses.replace(CASES["full"], stop=3), folder / "from plain" / name)
+    return plain, spawn(folder, 2, "from plain", {name: with_stage(CASES["full"], 3)})[0][name]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_learn_what_one_does(found, expected, stage, name):
@@ -94,6 +104,14 @@ def test_a_cut_run_goes_on_in_new_processes(resumed, expected, stage, move):
     run = resumed[move][f"cut {stage}"]
     assert len(run["metrics"]) == STEPS - 2
     assert_same(run, expected["full"])
+
+
+@pytest.mark.slow
+def test_a_cut_run_goes_on_with_the_other_engine(changed, expected):
+    for run in changed:
+        assert len(run["metrics"]) == STEPS - 2
+        assert_same(run, expected["full"])
+    assert [run["details"]["engine"] for run in changed] == ["ddp", "deepspeed"]
 
 
 def test_another_engine_than_was_asked_for_is_refused(monkeypatch):

@@ -48,9 +48,10 @@ class ZeroEngine:
     def __init__(self, module: TrainingModel, config: TrainingConfig) -> None:
         self.module, self.stage = module, config.zero_stage or 0
         optimizer = build_optimizer(module, config)
+        self._scalars = {id(parameter) for parameter in module.parameters() if not parameter.ndim}
         deepspeed = _import_deepspeed()
+        _ensure_group()
         with contextlib.ExitStack() as changes:
-            changes.enter_context(_group_of_one())
             changes.enter_context(_tower_apart(module))
             changes.enter_context(_without_scalars(module))
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -120,7 +121,8 @@ class ZeroEngine:
             found = {f"{WEIGHTS}{name}": self._whole(parameter)}
             found |= {f"{OPTIMIZER}{key}.{name}": self._whole(parameter, key) for key in MOMENTS}
             if rank() == 0:
-                tensors |= {key: value.cpu() for key, value in found.items()}
+                shape = () if id(parameter) in self._scalars else found[f"{WEIGHTS}{name}"].shape
+                tensors |= {key: value.cpu().reshape(shape) for key, value in found.items()}
                 tensors[f"{OPTIMIZER}{STEP}.{name}"] = torch.as_tensor(float(step))
         return tensors
 
@@ -262,18 +264,11 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-@contextlib.contextmanager
-def _group_of_one() -> Iterator[None]:
-    """Within it, a single process is a group, as DeepSpeed wants one."""
-    if distributed.is_initialized():
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+def _ensure_group() -> None:
+    """Make a single process a group, as DeepSpeed wants one and, in parts of its own, keeps it for good."""
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
 
 
 @contextlib.contextmanager
