@@ -95,7 +95,6 @@ class FlopFormula:
         self.per_label = sum(_operations(each, 3 if _learns(each) else 2) for each in head)
         self.per_label_forward = sum(_operations(each, 1) for each in head)
         self.per_image = _chain(_linears(model.model.multi_modal_projector)) * model.config.image_seq_length
-        self.image_tokens = model.config.image_seq_length
         self.per_state = 0 if module.heads is None else 3 * _operations_of(module.heads.vision_projector)
         self.per_picture = _tower_operations(model) if tower_runs else 0
 
@@ -113,12 +112,11 @@ class FlopFormula:
             lengths = lengths[:num_documents]
         else:
             lengths = [batch.num_tokens / max(batch.num_samples, 1)] * batch.num_samples
-            if batch.contrast is not None:
-                contrast = self._contrast(
-                    _text_lengths(batch.contrast), [self.image_tokens + 1] * len(batch.contrast.images)
-                )
-            if batch.preference is not None:
-                preference = self._preference(batch.preference)
+            if batch.contrast is not None and batch.readouts is not None:
+                seen = (batch.readouts.ends + 1).tolist()
+                contrast = self._contrast(_text_lengths(batch.contrast), seen)
+        if batch.preference is not None:
+            preference = self._preference(batch.preference)
         return Flops(
             language_model=self.per_token * batch.num_tokens,
             attention=3 * self.attention(lengths),
@@ -141,10 +139,7 @@ class FlopFormula:
 
     def _preference(self, batch: PreferenceBatch) -> float:
         """Of the answers with their prompts; forward once more for the reference."""
-        width = batch.input_ids.shape[1]
-        last = torch.zeros(len(batch.input_ids), dtype=torch.int64)
-        last = last.scatter_reduce(0, batch.label_rows, batch.label_positions % width, "amax")
-        lengths = (last + 2).tolist()
+        lengths = batch.lengths.tolist()
         tokens = sum(lengths) * (self.per_token + self.per_token_forward)
         return tokens + 4 * self.attention(lengths) + len(batch.label_ids) * (self.per_label + self.per_label_forward)
 
