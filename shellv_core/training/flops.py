@@ -90,7 +90,9 @@ class FlopFormula:
         self.window = getattr(text, "sliding_window", None)
         layers = _linears(model.model.language_model)
         self.per_token = sum(_operations(each, 3 if _learns(each) else 2) for each in layers)
-        self.per_token_forward = sum(_operations(each, 1) for each in layers)
+        # For a preference's reference: where adapters learn, it is the model without them.
+        whole = module.reference is not None
+        self.per_token_forward = sum(_operations(each, 1) for each in layers if whole or not _learns(each))
         head = _linears(model.lm_head)
         self.per_label = sum(_operations(each, 3 if _learns(each) else 2) for each in head)
         self.per_label_forward = sum(_operations(each, 1) for each in head)
@@ -138,10 +140,15 @@ class FlopFormula:
         return self.per_token * tokens + 3 * (self.attention(texts) + seen) + self.per_state * states
 
     def _preference(self, batch: PreferenceBatch) -> float:
-        """Of the answers with their prompts; forward once more for the reference."""
-        lengths = batch.lengths.tolist()
-        tokens = sum(lengths) * (self.per_token + self.per_token_forward)
-        return tokens + 4 * self.attention(lengths) + len(batch.label_ids) * (self.per_label + self.per_label_forward)
+        """Of the answers, and of each image's prompt once; forward once more for the reference."""
+        documents = batch.documents or batch.packed().documents
+        if documents is None:
+            return 0.0
+        attention = self.attention(documents.lengths)
+        for (start, stop), length in zip(documents.spans, documents.branch_lengths, strict=True):
+            attention += self.attention([stop - start + length]) - self.attention([stop - start])
+        tokens = documents.num_tokens * (self.per_token + self.per_token_forward)
+        return tokens + 4 * attention + len(batch.label_ids) * (self.per_label + self.per_label_forward)
 
 
 @functools.cache

@@ -499,7 +499,8 @@ def _imagined_attention(device_type: str) -> Iterator[None]:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         compute_dtype = torch.promote_types(dtype, torch.float32) if device_type == "cpu" else dtype
         query_NHW, key_NGW, value_NGW = (each[0].transpose(0, 1).to(compute_dtype) for each in (query, key, value))
-        end, seen = documents.borders[-1], sum(stop - start + 1 for start, stop in documents.spans)
+        end, seen = documents.borders[-1], sum(stop - start for start, stop in documents.spans)
+        seen += sum(documents.branch_lengths)
         queries, keys, values = (each[:end] for each in (query_NHW, key_NGW, value_NGW))
         if device_type == "cpu":
             queries, keys, values = (gather(each, end) for each in (queries, keys, values))

@@ -6,7 +6,6 @@ length and never searched for: padding may have the id of the end-of-text token.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,19 +110,21 @@ class PreferenceBatch:
     Rows are the P captions, the P lies, and the captions of `elsewhere` pairs once more, with another image.
 
     Attributes:
-        input_ids: (R, T), right-padded; packed (1, N), one row behind another.
+        input_ids: (R, T), right-padded; packed (1, N), prompts one behind another, then answers.
         lengths: (R,) tokens of each row.
-        row_images: (R,) each row's image, a row of the batch's image features.
-        image_positions: (R * num_image_tokens,) in the flattened `input_ids`.
+        prompt_length: tokens of the prompt, with which each row begins.
+        row_images: (R,) each row's image, a row of the batch's image features; packed, each prompt's.
+        image_positions: (len(row_images) * num_image_tokens,) in the flattened `input_ids`.
         label_positions: (L,) positions in the flattened `input_ids` whose next token is of the answer.
         label_ids, label_rows: (L,) these next tokens, and their rows.
         elsewhere: (E,) pairs for which the batch has another image.
         position_ids: (1, N), if packed.
-        documents: the rows, if packed.
+        documents: prompts, and answers as their branches, if packed.
     """
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
+    prompt_length: int
     row_images: torch.Tensor
     image_positions: torch.Tensor
     label_positions: torch.Tensor
@@ -137,7 +138,9 @@ class PreferenceBatch:
     def idle(cls, token_id: int) -> PreferenceBatch:
         """One pair of texts of one token, of which nothing counts."""
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.full((2, 1), token_id), torch.ones(2, dtype=torch.int64), none, none, none, none, none, none)
+        return cls(
+            torch.full((2, 1), token_id), torch.ones(2, dtype=torch.int64), 1, none, none, none, none, none, none
+        )
 
     @property
     def num_pairs(self) -> int:
@@ -145,17 +148,31 @@ class PreferenceBatch:
         return (len(self.lengths) - len(self.elsewhere)) // 2
 
     def packed(self) -> PreferenceBatch:
-        """Without padding: each row a document that sees no other."""
-        columns = torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
-        inside = columns < self.lengths[:, None]
-        place = inside.flatten().cumsum(0) - 1
+        """Without padding, and each image's prompt once: answers to it are branches, which do not see each other."""
+        width, length = self.input_ids.shape[1], self.prompt_length
+        images, prompts = self.row_images.unique(return_inverse=True)
+        if not len(images):
+            prompts = torch.zeros_like(self.lengths)
+        num_prompts = max(len(images), 1)
+        columns = torch.arange(width).expand_as(self.input_ids)
+        # The last token of an answer is learned and predicts nothing.
+        answers = (columns >= length) & (columns < self.lengths[:, None] - 1)
+        behind = num_prompts * length + answers.flatten().cumsum(0).view_as(columns) - 1
+        place = torch.where(columns < length, prompts[:, None] * length + columns, behind)
+        image_columns = self.image_positions.view(len(self.lengths), -1)[0] % width
+        starts, tails = (prompts * length).tolist(), answers.sum(1).tolist()
         return replace(
             self,
-            input_ids=self.input_ids[inside][None],
-            image_positions=place[self.image_positions],
-            label_positions=place[self.label_positions],
-            position_ids=columns[inside][None],
-            documents=Documents(tuple(itertools.accumulate(self.lengths.tolist(), initial=0))),
+            input_ids=torch.cat([self.input_ids[0, :length].repeat(num_prompts), self.input_ids[answers]])[None],
+            row_images=images,
+            image_positions=(torch.arange(num_prompts)[:, None] * length + image_columns).flatten(),
+            label_positions=place.flatten()[self.label_positions],
+            position_ids=torch.cat([torch.arange(length).repeat(num_prompts), columns[answers]])[None],
+            documents=Documents(
+                tuple(range(0, num_prompts * length + 1, length)),
+                tuple((start, start + length) for start, tail in zip(starts, tails, strict=True) if tail),
+                tuple(filter(None, tails)),
+            ),
         )
 
     def to(self, device: torch.device) -> PreferenceBatch:
@@ -264,6 +281,7 @@ def make_preference(
     return PreferenceBatch(
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.from_numpy(lengths + prompt_length),
+        prompt_length=prompt_length,
         row_images=torch.from_numpy(row_images),
         image_positions=torch.from_numpy((np.arange(len(texts))[:, None] * width + image_columns).reshape(-1)),
         label_positions=torch.from_numpy(label_rows * width + columns - 1),
