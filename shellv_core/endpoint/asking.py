@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -55,6 +55,15 @@ class Usage:
     output_tokens: int = 0
     cost: float = 0.0
 
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-serialisable form, keys sorted."""
+        return {
+            "requests": dict(sorted(self.requests.items())),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost": round(self.cost, 6),
+        }
+
 
 class Endpoint:
     """A chat endpoint that is asked many questions.
@@ -67,13 +76,16 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        if not config.model:
-            raise ConfigError("endpoint.model is empty; name the model that the endpoint should use.")
         address = urlsplit(config.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(f"endpoint.base_url={config.base_url!r} is no address; give one like https://HOST/v1.")
         if address.password or address.username:
             raise ConfigError("the endpoint's address holds a user name; give the key in an environment variable.")
+        if not config.model:
+            raise ConfigError(
+                f"no model is named for the endpoint {config.base_url}; set the one that it should use (endpoint.model,"
+                " or judge.model of a judge)."
+            )
         key = os.environ.get(config.api_key_variable, "") if config.api_key_variable else ""
         if config.api_key_variable and not key:
             raise ConfigError(
@@ -103,7 +115,7 @@ class Endpoint:
                     continue
             return
 
-    def ask(self, requests: Iterable[ChatRequest], usage: Usage) -> Iterator[tuple[int, Reply]]:
+    def ask(self, requests: Iterable[ChatRequest], usage: Usage) -> Generator[tuple[int, Reply], None, None]:
         """Yield (index, reply) for each request once, as the replies arrive.
 
         `requests` is read as far as they are sent. Closing the iterator cancels what is under way.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -11,6 +11,13 @@ from shellv_core.config import Config
 
 class EndpointAccess(Config):
     """How any server of the OpenAI chat protocol is asked. The key is read from the environment, never from a file."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "api_key_variable", "cache_path", "concurrency", "requests_per_minute", "max_retries", "retry_seconds",
+            "timeout_seconds", "question_seconds", "total_seconds", "input_price", "output_price",
+        }
+    )  # fmt: skip
 
     model: str = ""
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty where none is asked for

@@ -18,7 +18,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +231,7 @@ def answer_rows(
 
 def _generate(
     generator: AnswerGenerator, blocks: Iterable[Sequence[Prompt]], images: Mapping[str, bytes], answers: Any
-) -> Iterator[Mapping[Prompt, Reply]]:
+) -> Generator[Mapping[Prompt, Reply], None, None]:
     """The generator's replies; closing this closes it, whatever kind of iterator it is."""
     yield from generator.generate(blocks, images, answers)
 

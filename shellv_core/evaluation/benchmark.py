@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from shellv_core.evaluation.rows import read_answers
 
@@ -56,6 +56,7 @@ def name_of(benchmark: Benchmark) -> str:
     return "_".join(benchmark.key)
 
 
+@runtime_checkable
 class JudgedBenchmark(Benchmark, Protocol):
     """A benchmark whose answers a judge reads: `score` and `outcomes` take the judge's words instead of the model's."""
 

@@ -135,7 +135,8 @@ def summarize(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         kind = "open" if bool(ahead) == bool(behind) else ("good" if ahead else "bad")
         findings.append((kind, f"{sentence} {'; '.join(parts)} (95 % paired intervals)."))
     for name, missing in results.get("missing", {}).items():
-        sentence = f"{missing['count']} answers of the model {LABELS.get(name, name)} are missing, and count as wrong"
+        effect = "the answers stay unscored" if name == "judge" else "they count as wrong"
+        sentence = f"{missing['count']} answers of {LABELS.get(name, name)} are missing, and {effect}"
         findings.append(("bad", f"{sentence} ({told(missing['by_reason'])})."))
     rows = score_rows(results)
     unparsed = unparsed_share(rows[CANDIDATE])

@@ -141,17 +141,17 @@ def ask_models(
         return {name: future.result() for name, future in futures.items()}
 
 
-def count_missing(models: Mapping[str, ModelAnswers]) -> dict[str, Any]:
-    """How many answers each model lacks; models that lack none are left out.
+def count_missing(lacking: Mapping[str, Answers]) -> dict[str, Any]:
+    """How many answers each model lacks, of the reasons by benchmark and question; models that lack none are left out.
 
     Returns:
         ``{"candidate": {"count": 3, "by_reason": {"HTTP 500": 3}, "benchmarks": {"pope_random": 3}}}``.
     """
     counts = {}
-    for name, answers in models.items():
-        reasons = Counter(reason for missing in answers.missing.values() for reason in missing.values())
+    for name, by_benchmark in lacking.items():
+        reasons = Counter(reason for missing in by_benchmark.values() for reason in missing.values())
         if reasons:
-            benchmarks = {key: len(missing) for key, missing in answers.missing.items() if missing}
+            benchmarks = {key: len(missing) for key, missing in by_benchmark.items() if missing}
             counts[name] = {
                 "count": reasons.total(),
                 "by_reason": dict(sorted(reasons.items())),

@@ -25,6 +25,7 @@ from shellv_core.config import nearest
 from shellv_core.errors import ModelError, OutputNotEmptyError
 from shellv_core.models.codeshell import codeshell_weights, is_codeshell_config, to_starcoder2
 from shellv_core.models.config import IMAGE_END, IMAGE_START
+from shellv_core.models.gguf import is_gguf
 from shellv_core.models.upstream import FAMILIES, LEFT_OUT, Adapter, Family, read_lora_pairs, stock_module_names
 from shellv_core.models.weights import Weights, has_weights, read_weights, require
 
@@ -37,6 +38,7 @@ FORMATS = {
     "stock": "a LlavaForConditionalGeneration directory",
     "mm_projector": "a projector alone (mm_projector.bin)",
     "lora": "a LoRA adapter",
+    "gguf": "a GGUF file",
 }
 PROJECTOR_FILE, TRAINABLES_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,14 +92,16 @@ class AdapterFiles:
 
 
 def find_format(path: Path) -> Found:
-    """Say what `path`, a directory or a projector's file, holds.
+    """Say what `path`, a directory, a projector's file or a GGUF file, holds.
 
     Raises:
         ModelError: if it holds none of `FORMATS`.
     """
     if not path.exists():
-        raise ModelError(f"{path} does not exist; give a checkpoint's directory, or a {PROJECTOR_FILE}.")
+        raise ModelError(f"{path} does not exist; give a checkpoint's directory, a {PROJECTOR_FILE}, or a GGUF file.")
     if path.is_file():
+        if is_gguf(path):
+            return Found(path, "gguf", {})
         return Found(path, "mm_projector", read_json(path.parent / "config.json", optional=True))
     config = read_json(path / "config.json", optional=True)
     if (path / ADAPTER_CONFIG).is_file():

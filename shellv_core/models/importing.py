@@ -53,6 +53,7 @@ from shellv_core.models.checkpoints import (
 )
 from shellv_core.models.codeshell import is_codeshell_config, to_starcoder2
 from shellv_core.models.config import IMAGE_END, IMAGE_START
+from shellv_core.models.gguf import write_from_gguf
 from shellv_core.models.processor import ImageInput, make_processor, prepare_tokenizer, stop_ids
 from shellv_core.models.upstream import FAMILIES, PROJECTOR, TEXT, TOWER, Family
 from shellv_core.models.weights import (
@@ -131,8 +132,8 @@ def convert(
 ) -> str:
     """Convert `source`, of any format that `find_format` knows, to a directory that transformers loads.
 
-    A CodeShell language model becomes a ``Starcoder2ForCausalLM``, everything else a ``LlavaForConditionalGeneration``
-    with its processor.
+    A CodeShell language model becomes a ``Starcoder2ForCausalLM``, a GGUF file the language model that it names,
+    everything else a ``LlavaForConditionalGeneration`` with its processor.
 
     Args:
         base: the language model or LLaVA model to which a projector, an adapter or a delta belongs.
@@ -152,21 +153,24 @@ def convert(
     wanted = None if template is None else template_named(template)
     found = find_format(source)
     logger.info(found.description)
-    is_text = found.format == "codeshell" and not delta
+    is_text = (found.format == "codeshell" and not delta) or found.format == "gguf"
     _refuse_unused(
         found,
         {
             "--base": is_text and base is not None,
             "--vision-tower": is_text and vision_tower is not None,
-            "--delta": delta and found.format in ("mm_projector", "lora", "stock"),
+            "--delta": delta and found.format in ("mm_projector", "lora", "stock", "gguf"),
             "--keep-adapter": keep_adapter and found.format != "lora",
+            "--template": found.format == "gguf" and template is not None,
         },
     )
     made = "LlavaForConditionalGeneration"
     with new_directory(output) as directory:
         if found.format in ("stock", "language_model") and not delta:
             raise ModelError(f"{found.description}, which transformers loads as it is; there is nothing to convert.")
-        if is_text:
+        if found.format == "gguf":
+            made = write_from_gguf(found.path, directory)
+        elif is_text:
             _write_text(found, directory, wanted or template_named("codeshell_chat"))
             made = "Starcoder2ForCausalLM"
         elif found.format == "lora" and keep_adapter:

@@ -10,6 +10,7 @@ _CONVERT = """\
 What IN is follows from its config.json and the names of its tensors:
 
   CodeShell or Shell language model       -> Starcoder2ForCausalLM
+  language model in a GGUF file           -> what its architecture is in transformers (LlamaForCausalLM, ...)
   whole LLaVA-1.5 or Shell-V checkpoint   -> LlavaForConditionalGeneration; --vision-tower where it has none
   the same as a delta                     -> the same; with --delta --base LANGUAGE_MODEL
   mm_projector.bin, alone or in a folder  -> the same; with --base LANGUAGE_MODEL --vision-tower DIR

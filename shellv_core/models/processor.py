@@ -65,5 +65,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | li
     """The ids that end an answer: the end-of-text token, and the template's end marker where that is one token."""
     eos: int = tokenizer.eos_token_id
     stops = [text for text in template.stop_strings if text in template.markers]
-    ends: Any = tokenizer.convert_tokens_to_ids(stops)
+    ids: Any = tokenizer.convert_tokens_to_ids(stops)
+    ends = [each for each in ids if each != eos]
     return [eos, *ends] if ends else eos

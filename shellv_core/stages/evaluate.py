@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shellv_core.config import Config
 from shellv_core.endpoint.config import EndpointAccess
 from shellv_core.evaluation.benchmarks.chair import DEFAULT_PROMPT
 from shellv_core.evaluation.benchmarks.hal_eval import OFFICIAL_PROMPT
+from shellv_core.evaluation.selection import BenchmarkFiles
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, open_stage, run_stage, work_folder
 
 if TYPE_CHECKING:
+    from shellv_core.endpoint.asking import Endpoint
     from shellv_core.evaluation.answers import AnswerGenerator, Prompt, Shard
     from shellv_core.evaluation.benchmark import Benchmark
     from shellv_core.evaluation.suite import ModelAnswers
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
 MODEL_PREFIX = "model"
 CODE = ("endpoint", "evaluation", "models")
 PART_NAME = "parts/{name}-{index}of{count}.jsonl"
-
-
-class BenchmarkFiles(Config):
-    """A benchmark whose files the user has."""
-
-    name: str  # as in `shellv score NAME`
-    questions: str  # path of its question file
-    images: str = ""  # folder that the questions' image names are relative to
-    options: dict[str, str] = {}  # further files and settings of the benchmark, as in `shellv score NAME --help`
 
 
 class EvaluateConfig(StageConfig):
@@ -121,7 +113,7 @@ class _Task:
         inputs: input name -> URI of a committed folder, None where there is none.
         references: the inputs that are none: model directories and the user's benchmarks.
         folders: model name -> model directory.
-        endpoints: "model" and "judge", where they are endpoints.
+        remote: those of "model" and "judge" that are endpoints.
         benchmarks: the user's.
         images: image name -> file, of the user's benchmarks.
     """
@@ -162,7 +154,7 @@ class _Task:
                 " judge.model, or a model directory."
             )
         self.config = config
-        self.endpoints = {name: self._endpoint(name) for name in ("model", "judge") if _is_endpoint(addresses[name])}
+        self.remote = [name for name in ("model", "judge") if _is_endpoint(addresses[name])]
 
     def is_whole(self, committed: Manifest) -> bool:
         """Whether an evaluation lacks no more answers than allowed."""
@@ -187,7 +179,8 @@ class _Task:
                 " with max_missing_share."
             )
 
-    def _endpoint(self, name: str) -> Any:
+    def open_endpoint(self, name: str) -> Endpoint:
+        """The endpoint "model" or "judge", its access checked."""
         from shellv_core.endpoint.asking import Endpoint
         from shellv_core.endpoint.config import EndpointConfig
         from shellv_core.storage import home
@@ -242,12 +235,17 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     asking = _Asking(task, run.inputs)
     benchmarks, images, substitutes = asking.benchmarks, asking.images, asking.substitutes
     models = asking.ask(run.work, _parts_at(run.output, run.work))
-    scored = _judged(run, asking, models)
+    scored, judgments = _judged(run, asking, models)
     results = judge(benchmarks, scored, config.seed)
-    missing = count_missing(models)
+    lacking = {name: answers.missing for name, answers in models.items()}
+    if judgments:
+        lacking["judge"] = {
+            key: {row["question_id"]: row["fault"] for row in rows if "fault" in row} for key, rows in judgments.items()
+        }
+    missing = count_missing(lacking)
     if missing:
         results["missing"] = missing
-        run.output.put_bytes(_json({name: answers.missing for name, answers in models.items()}), "missing.json")
+        run.output.put_bytes(_json(lacking), "missing.json")
     run.metrics.update(flat_metrics(results))
 
     for name, answers in models.items():
@@ -263,7 +261,7 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     questions = {name_of(benchmark): len(benchmark.questions) for benchmark in benchmarks}
     run.details.update(
         questions=questions,
-        num_asked=2 * len(models) * sum(questions.values()),
+        num_asked=2 * len(models) * sum(questions.values()) + sum(map(len, judgments.values())),
         num_missing=sum(each["count"] for each in missing.values()),
         missing=missing,
         usage=asking.usage(),
@@ -274,18 +272,17 @@ class _Asking:
     """The questions with their images, and the models that they are put to."""
 
     def __init__(self, task: _Task, inputs: Mapping[str, InputDirectory]) -> None:
-        from collections import ChainMap
-
-        from shellv_core.evaluation.selection import FileImages
+        from shellv_core.evaluation.selection import Images
         from shellv_core.evaluation.suite import needed_images, shuffle_images
 
         self.task, self.inputs = task, inputs
+        self.endpoints = {name: task.open_endpoint(name) for name in task.remote}
         data = inputs.get("data")
         own = [] if data is None else _read_benchmarks(task.config, data)
         self.benchmarks: list[Benchmark] = [*own, *task.benchmarks]
         of_data = {} if data is None else _read_images(data, needed_images(own))
         _check_apart(task, of_data)
-        self.images: Mapping[str, bytes] = ChainMap(of_data, FileImages(task.images))  # type: ignore[arg-type]
+        self.images: Mapping[str, bytes] = Images([of_data, task.images])
         self.substitutes = shuffle_images(self.benchmarks, task.config.seed)
         self.generators: dict[str, AnswerGenerator] = {}
 
@@ -314,7 +311,7 @@ class _Asking:
                 parts,
             )
 
-        local = [name for name in names if sources[name] not in self.task.endpoints]
+        local = [name for name in names if sources[name] not in self.endpoints]
         if not local:
             return ask(names)
         import torch
@@ -324,7 +321,8 @@ class _Asking:
             answers: dict[str, ModelAnswers] = {}
             for name in names:
                 answers |= ask([name])
-                self.generators.clear()
+                if name in local:
+                    del self.generators[sources[name]]
             return answers
         # Small models gain little from several cores each; side by side they use them all.
         num_threads = torch.get_num_threads()
@@ -342,23 +340,21 @@ class _Asking:
 
     def usage(self) -> dict[str, Any]:
         """What endpoints were sent and what it cost, by input."""
-        from dataclasses import asdict
-
         return {
-            source: asdict(generator.usage)
+            source: generator.usage.to_record()
             for source, generator in self.generators.items()
             if hasattr(generator, "usage")
         }
 
     def _has(self, source: str) -> bool:
-        return source in self.inputs or source in self.task.folders or source in self.task.endpoints
+        return source in self.inputs or source in self.task.folders or source in self.endpoints
 
     def _open(self, source: str) -> AnswerGenerator:
         config = self.task.config
-        if source in self.task.endpoints:
+        if source in self.endpoints:
             from shellv_core.evaluation.endpoint_generator import EndpointGenerator
 
-            return EndpointGenerator(self.task.endpoints[source], config.seed)
+            return EndpointGenerator(self.endpoints[source], config.seed)
         import torch
 
         from shellv_core.evaluation.choosing import Sampling
@@ -418,7 +414,7 @@ def _await_shards(task: _Task, shard: Shard) -> None:
 
 def _opened(task: _Task) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     inputs = {key: uri for key, uri in task.inputs.items() if uri is not None}
-    return open_stage("evaluate", task.config, inputs, CODE, task.references)
+    return open_stage("evaluate", task.config, inputs, CODE, others=task.references)
 
 
 def _begin(output: OutputDirectory) -> None:
@@ -453,19 +449,19 @@ def _parts_at(output: OutputDirectory, work: Path) -> dict[str, dict[Prompt, str
 
 def _judged(
     run: StageRun[EvaluateConfig], asking: _Asking, models: Mapping[str, ModelAnswers]
-) -> Mapping[str, ModelAnswers]:
-    """The models' answers; of benchmarks that need a judge, the judge's words about them."""
+) -> tuple[Mapping[str, ModelAnswers], dict[str, list[dict[str, Any]]]]:
+    """The models' answers, of benchmarks that need a judge the judge's words about them; and all that it was asked."""
     from dataclasses import replace
 
     from shellv_core.evaluation.benchmark import name_of
 
-    judged = [each for each in asking.benchmarks if hasattr(each, "judge_questions")]
+    judged: list[Any] = [each for each in asking.benchmarks if hasattr(each, "judge_questions")]
     if not judged:
-        return models
+        return models, {}
     from shellv_core.evaluation.benchmark import judge_answers
     from shellv_core.evaluation.judges import Judge
 
-    scored = {}
+    scored, asked = {}, {}
     for name, answers in models.items():
         sides = {}
         for side in ("sighted", "blind"):
@@ -480,9 +476,10 @@ def _judged(
                 )
                 sides[side][key] = judge_answers(benchmark, sides[side][key], judge)
                 suffix = "" if side == "sighted" else f"-{side}"
+                asked[f"{name}-{key}{suffix}"] = judge.rows
                 _put_rows(run, f"judgments/{name}-{key}{suffix}.jsonl", judge.rows)
         scored[name] = replace(answers, **sides)
-    return scored
+    return scored, asked
 
 
 def _check_apart(task: _Task, of_data: Mapping[str, bytes]) -> None:

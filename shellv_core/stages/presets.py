@@ -26,6 +26,9 @@ from shellv_core.stages.pretrain_projector import PretrainProjectorConfig
 from shellv_core.stages.promote import PromoteConfig
 from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
 
+#: Where ``make smollm2`` writes SmolLM2-135M-Instruct.
+SMOLLM2 = ".shellv/models/SmolLM2-135M-Instruct"
+
 
 class Preset(Config):
     """The settings of the seven stages, addresses left open."""
@@ -101,6 +104,54 @@ def smoke() -> Preset:
             "promote": PromoteConfig(registered_model="shellv-smoke", thresholds_uri="smoke"),
             "deploy": DeployConfig(registered_model="shellv-smoke", max_answer_tokens=8),
         }
+    )
+
+
+def smollm2() -> Preset:
+    """Real weights at minutes a stage on one CPU core: SmolLM2-135M-Instruct and the ImageNet tower, on few scenes.
+
+    Word alignment brings the projector close to the words that the language model knows, at little cost; the steps that
+    follow are few, as each runs a hundred times nano's weights. ``make smollm2`` puts the language model where this
+    looks for it; see docs/models.md.
+    """
+    training = TrainingConfig(
+        global_batch_size=8,
+        max_steps=60,
+        projector_learning_rate=1e-3,
+        warmup_ratio=0.1,
+        precision="bf16",
+        max_length=320,
+        checkpoint_every_steps=20,
+    )
+    return Preset(
+        prepare_data=PrepareDataConfig(scenes=ScenesSource(num_train=3000, num_validation=60, benchmark_images=24)),
+        pretrain_projector=PretrainProjectorConfig(
+            model=ModelConfig(
+                vision_tower=VisionTowerConfig(image_size=160),
+                language_model=LanguageModelConfig(model_type="llama", pretrained=SMOLLM2),
+                tokenizer=TokenizerConfig(pretrained=SMOLLM2),
+                template="chatml",
+            ),
+            alignment=AlignmentConfig(epochs=20),
+            training=training.model_copy(update={"tasks": ("description", "list")}),
+        ),
+        finetune=FinetuneConfig(
+            lora=LoraConfig(r=32, alpha=64),
+            hacl=HaclConfig(weight=0.1),
+            training=training.model_copy(
+                update={
+                    "max_steps": 40,
+                    "tasks": ("existence", "description", "detail", "list"),
+                    "trainable": ("projector", "language_model"),
+                    "projector_learning_rate": 3e-4,
+                    "language_model_learning_rate": 5e-4,
+                }
+            ),
+        ),
+        merge_lora=MergeLoraConfig(),
+        evaluate=EvaluateConfig(dtype="bfloat16"),
+        promote=PromoteConfig(registered_model="shellv-smollm2"),
+        deploy=DeployConfig(registered_model="shellv-smollm2", question="Describe the image."),
     )
 
 
@@ -181,7 +232,12 @@ def _small_model(hidden_size: int, num_layers: int, image_size: int = 160) -> Mo
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"nano": nano, "smoke": smoke, "shellv-7b": shellv_7b}
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "nano": nano,
+    "smoke": smoke,
+    "smollm2": smollm2,
+    "shellv-7b": shellv_7b,
+}
 
 
 def preset(name: str) -> Preset:

@@ -185,7 +185,7 @@ def test_the_key_is_in_no_message(server, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": ""}, "model is empty"),
+        ({"model": ""}, "no model is named"),
         ({"base_url": "host/v1"}, "no address"),
         ({"base_url": "http://u:p@h/v1"}, "user"),
     ],

@@ -76,7 +76,9 @@ def test_the_published_recipe_builds_from_local_directories(tmp_path, capsys):
 
 def test_faults_are_one_paragraph(tmp_path, capsys):
     assert main(["model", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.endswith("does not exist; give a checkpoint's directory, or a mm_projector.bin.\n")
+    assert capsys.readouterr().err.endswith(
+        "does not exist; give a checkpoint's directory, a mm_projector.bin, or a GGUF file.\n"
+    )
     assert main(["model", "build", str(tmp_path / "out")]) == 2
     assert "give tokenizer.pretrained=DIR here" in capsys.readouterr().err
     assert main(["model", "convert", "a", "b", "--template", "shelv"]) == 2

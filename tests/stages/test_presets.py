@@ -9,9 +9,9 @@ from shellv_core.stages.presets import PRESETS, Preset, preset, stage_config
 
 
 def test_the_presets_are_frozen_and_name_every_stage() -> None:
-    assert set(PRESETS) == {"nano", "smoke", "shellv-7b"}
+    assert set(PRESETS) == {"nano", "smoke", "smollm2", "shellv-7b"}
     assert tuple(Preset.model_fields) == STAGE_NAMES
-    assert len({fingerprint(preset(name)) for name in PRESETS}) == 3
+    assert len({fingerprint(preset(name)) for name in PRESETS}) == len(PRESETS)
 
 
 def test_the_published_recipe() -> None:

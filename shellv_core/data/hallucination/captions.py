@@ -69,13 +69,9 @@ class RewriteCounts(Usage):
     def to_record(self) -> dict[str, Any]:
         """A JSON-serialisable form, keys sorted."""
         record: dict[str, Any] = {"captions": self.captions}
-        for name in ("kept", "rejected", "missing", "requests"):
+        for name in ("kept", "rejected", "missing"):
             record[name] = dict(sorted(getattr(self, name).items()))
-        return record | {
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "cost": round(self.cost, 6),
-        }
+        return record | super().to_record()
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RewriteCounts:

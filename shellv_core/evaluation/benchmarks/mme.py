@@ -112,13 +112,18 @@ class Mme:
                 raise EvaluationError(f"{path}: no line of its files has a fourth field with an answer.")
         else:
             rows = read_rows(path)
-        by_question = {(each.image, each.prompt.strip()): each.question_id for each in self._questions}
+        by_image: dict[str, list[Question]] = {}
+        for each in self._questions:
+            for name in {each.image, each.image.rpartition(".")[0]}:
+                by_image.setdefault(name, []).append(each)
         named = []
         for number, row in enumerate(rows, start=1):
             key = row_id(row, number, str(path))
             if key not in self._truth:
-                asked = str(row.get("prompt", ""))
-                key = next((ours for (image, text), ours in by_question.items() if _asks(key, asked, image, text)), key)
+                # Prompts may have a suffix.
+                asked = str(row.get("prompt", "")).strip()
+                ours = (each for each in by_image.get(key, ()) if asked.startswith(each.prompt.strip()))
+                key = next((each.question_id for each in ours), key)
             named.append((key, row))
         return index_texts(named, str(path))
 
@@ -134,11 +139,6 @@ class Mme:
             "cognition": sum(tasks[task]["score"] for task in COGNITION if task in tasks),
             "by_task": tasks,
         }
-
-
-def _asks(key: str, asked: str, image: str, text: str) -> bool:
-    """Whether an answer row's id and prompt are those of a question; prompts may have a suffix."""
-    return key in (image, image.rpartition(".")[0]) and asked.strip().startswith(text)
 
 
 def _parse_as_authors(text: str) -> Label:

@@ -24,7 +24,8 @@ BEST_RATING = 6
 FIRST_WITHOUT_HALLUCINATION = 3
 
 _RATING = re.compile(r"rating\W*?[:=]\W*([0-6])(?![\d.])", re.IGNORECASE)
-_JUDGE_PROMPT = """\
+_PLACE = re.compile(r"\{(content|question|truth|answer)\}")
+JUDGE_PROMPT = """\
 You check whether a model's answer about an image tells anything that the image does not support. You do not see the \
 image; a person has listed what it shows and has answered the question.
 
@@ -51,15 +52,23 @@ class MmHal:
     Args:
         rows: the template's rows, in its order.
         source: names the file in errors.
+        judge_prompt: what the judge is told, with ``{content}``, ``{question}``, ``{truth}`` and ``{answer}``; give the
+            authors' words here for figures that compare with theirs.
 
     Raises:
-        EvaluationError: if a row lacks a field.
+        EvaluationError: if a row lacks a field, or the prompt a place.
     """
 
     key: tuple[str, ...] = ("mmhal",)
     max_new_tokens = 256
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], source: str = "questions") -> None:
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], source: str = "questions", judge_prompt: str = JUDGE_PROMPT
+    ) -> None:
+        lacking = [place for place in ("{content}", "{question}", "{truth}", "{answer}") if place not in judge_prompt]
+        if lacking:
+            raise EvaluationError(f"the judge's prompt has no {', '.join(lacking)} in it.")
+        self._judge_prompt = judge_prompt
         self._rows: dict[str, Mapping[str, Any]] = {}
         for number, row in enumerate(rows, start=1):
             place = f"{source}, row {number}"
@@ -91,7 +100,7 @@ class MmHal:
                     "truth": str(row["gt_answer"]),
                     "answer": answers[key],
                 }
-                asked.append(Question(key, "", _JUDGE_PROMPT.format(**parts)))
+                asked.append(Question(key, "", fill(self._judge_prompt, parts)))
         return asked
 
     def score(self, answers: Mapping[str, str]) -> Scores:
@@ -154,6 +163,11 @@ class MmHal:
             "mean_by_type": {kind: sum(values) / len(values) for kind, values in sorted(by_type.items())},
             "num_judged": len(ratings),
         }
+
+
+def fill(prompt: str, parts: Mapping[str, str]) -> str:
+    """The prompt with its places filled, in one pass, as an answer may hold braces."""
+    return _PLACE.sub(lambda match: parts[match.group(1)], prompt)
 
 
 def parse_rating(text: str) -> int | None:

@@ -229,8 +229,7 @@ class ShortAnswers:
         }
 
 
-def _list_in(path: Path, field: str, kind: str) -> list[dict[str, Any]]:
-    document = read_document(path)
+def _list_in(document: Any, path: Path, field: str, kind: str) -> list[dict[str, Any]]:
     if not isinstance(document, dict) or not isinstance(document.get(field), list):
         raise EvaluationError(f"{path}: needs an object with a list {field}; is it {kind}?")
     return list(document[field])
@@ -242,7 +241,9 @@ def _people(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _open_textvqa(questions: Path) -> ShortAnswers:
     items = {}
-    for number, row in enumerate(_list_in(questions, "data", "TextVQA_0.5.1_val.json"), start=1):
+    for number, row in enumerate(
+        _list_in(read_document(questions), questions, "data", "TextVQA_0.5.1_val.json"), start=1
+    ):
         require_fields(row, ("question_id", "image_id", "question"), f"{questions}, row {number}", "a TextVQA question")
         items[str(row["question_id"])] = Item(str(row["image_id"]), str(row["question"]), _people(row))
     return ShortAnswers("textvqa", items, score_evalai)
@@ -251,11 +252,13 @@ def _open_textvqa(questions: Path) -> ShortAnswers:
 def _open_vqav2(questions: Path, annotations: Path | None = None) -> ShortAnswers:
     told: dict[str, Mapping[str, Any]] = {}
     if annotations is not None:
-        rows = _list_in(annotations, "annotations", "v2_mscoco_val2014_annotations.json")
+        rows = _list_in(read_document(annotations), annotations, "annotations", "v2_mscoco_val2014_annotations.json")
         told = {str(row["question_id"]): row for row in rows}
-    subset = str(read_document(questions).get("data_subtype", "val2014"))
+    document = read_document(questions)
+    asked = _list_in(document, questions, "questions", "v2_OpenEnded_mscoco_*_questions.json")
+    subset = str(document.get("data_subtype", "val2014"))
     items = {}
-    for number, row in enumerate(_list_in(questions, "questions", "v2_OpenEnded_mscoco_*_questions.json"), start=1):
+    for number, row in enumerate(asked, start=1):
         require_fields(row, ("question_id", "image_id", "question"), f"{questions}, row {number}", "a VQAv2 question")
         key = str(row["question_id"])
         annotation = told.get(key, {})

@@ -149,7 +149,7 @@ AMBER = Sample(
             "sign": [],
             "dog": [],
             "sea": [],
-            "cat": [],
+            "cat": ["kitten"],
         },
         "safe_words.txt": "sign\nindividual",
     },
