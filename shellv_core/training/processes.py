@@ -52,6 +52,8 @@ def launched() -> Launch:
     Raises:
         ConfigError: if its variables do not fit together.
     """
+    if _alone:
+        return Launch()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name, "") for name in names]
     if not values[1]:
