@@ -59,7 +59,12 @@ ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 def test_with_hacl_then_merged(folder, tmp_path):
     result = finetune.run(config(folder, tmp_path / "out", hacl=HaclConfig(weight=0.5, num_hallucinated=2)))
     assert names(result.output_uri) == ADAPTER | {"hacl/heads.safetensors"}
-    assert result.details == {"num_steps": 30, "base_model_uri": (folder / "model").as_uri()}
+    assert result.details == {
+        "num_steps": 30,
+        "base_model_uri": (folder / "model").as_uri(),
+        "engine": "ddp",
+        "num_processes": 1,
+    }
     assert {"image_to_text_loss", "hallucination_margin", "samples_per_second"} <= set(result.metrics)
     output = InputDirectory(result.output_uri)
     heads = load_heads(output.fetch("hacl/heads.safetensors"))

@@ -65,7 +65,8 @@ def test_one_process_is_the_plain_loop(parts, tmp_path):  # noqa: F811
             group["lr"] = group["base_lr"] * learning_rate_factor(step, 3, settings.warmup_ratio)
         optimizer.zero_grad()
         (plain.train()(batch).generation_loss_sum * (1 / len(batch.label_ids))).backward()
-        torch.nn.utils.clip_grad_norm_([each for each in plain.parameters() if each.requires_grad], 1.0)
+        learning = [each for group in optimizer.param_groups for each in group["params"]]
+        torch.nn.utils.clip_grad_norm_(learning, settings.max_grad_norm)
         optimizer.step()
     assert len(seen) == 3
     for name, value in plain.state_dict().items():
