@@ -93,8 +93,18 @@ def build_model(
     return model, _build_processor(config.vision_tower, model, tokenizer, template)
 
 
-def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path) -> None:
-    """Write the model directory that `load_model` and plain transformers read."""
+def save_model(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the model directory that `load_model` and plain transformers read.
+
+    Args:
+        dtype: converts the model's weights first; None leaves them as they are.
+    """
+    nn.Module.to(model, dtype=dtype)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     if isinstance(model.model.vision_tower, EfficientNetLiteModel):

@@ -133,7 +133,7 @@ def merge_adapter(base_directory: Path, adapter_directory: Path, output_director
     base, processor = load_model(base_directory)
     merged = load_adapter(base, adapter_directory).merge_and_unload(safe_merge=True)
     # Added in float32, written as the base is.
-    save_model(merged.to(stored_dtype(base_directory)), processor, output_directory)
+    save_model(merged, processor, output_directory, stored_dtype(base_directory))
     load_model(output_directory)
 
 

@@ -107,7 +107,7 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     put_report("finetune", run, module, run.config.training)
     module.to("cpu")
     if adapted is None:
-        save_model(model.to(stored_dtype(base)), processor, run.work / "model")
+        save_model(model, processor, run.work / "model", stored_dtype(base))
         run.output.put_tree(run.work / "model", "model")
     else:
         save_adapter(adapted, run.work / "adapter", run.inputs["model"].uri)

@@ -87,7 +87,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         return
     put_report("pretrain_projector", run, module, run.config.training)
     module.to("cpu")
-    save_model(model.to(stored_dtype(initial)), processor, run.work / "model")
+    save_model(model, processor, run.work / "model", stored_dtype(initial))
     run.output.put_tree(run.work / "model", "model")
     put_heads(heads, run)
     run.metrics.update(summary.metrics)
