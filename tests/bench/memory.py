@@ -52,8 +52,7 @@ def case(name: str, lora: bool = False, hacl: HaclConfig = NO_HACL, **training: 
 CASES = [
     case("full, padded"),
     case("LoRA and HACL, padded", lora=True, hacl=HACL),
-    # A whole epoch, to have met the pack with the most pictures.
-    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096, max_steps=None),
+    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096),
     case("full, padded, float32, batch of 48", precision="fp32", global_batch_size=48),
 ]
 
