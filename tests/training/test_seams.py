@@ -158,6 +158,13 @@ def test_packs_that_lack_something(built, chosen, contrasts, prefers, elsewhere)
     check_equal(step)
 
 
+@pytest.mark.parametrize("template", ["v1", "plain"])
+def test_exact_but_for_rounding(built, template):
+    step = Step(built, template=template, hacl=False)
+    step.module.double()
+    check_equal(step, 1e-11)
+
+
 def test_a_sliding_window(project_folder):
     check_equal(Step(tiny_model(CLIP, WINDOW), (0, 1, 2)))
 
