@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from shellv_core.config import build_config
@@ -33,6 +34,25 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 def inputs(processor):
     text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
     return processor(images=Image.new("RGB", (50, 30), (200, 10, 10)), text=text, return_tensors="pt")
+
+
+@pytest.mark.parametrize("language_model", [LANGUAGE_MODEL, TIED, LLAMA], ids=["untied", "tied", "llama"])
+def test_files_have_the_names_that_vllm_reads(tmp_path, language_model):
+    """However the model came: built, or loaded from files with or without "vision_model" in their names."""
+    model, processor = tiny_model(CLIP, language_model)
+    save_model(model, processor, tmp_path / "built")
+    model.save_pretrained(tmp_path / "short", save_original_format=False)
+    processor.save_pretrained(tmp_path / "short")
+    weights = load_file(tmp_path / "built" / "model.safetensors")
+    parts = {"language_model.model.", "language_model.lm_head.", "multi_modal_projector.", "vision_tower.vision_model."}
+    found = {next(part for part in parts if name.startswith(part)) for name in weights}
+    assert found == parts - ({"language_model.lm_head."} if language_model is TIED else set())
+    assert not [name for name in load_file(tmp_path / "short" / "model.safetensors") if "vision_model" in name]
+    for form in ("built", "short"):
+        save_model(*load_model(tmp_path / form), tmp_path / "again" / form)
+        again = load_file(tmp_path / "again" / form / "model.safetensors")
+        assert again.keys() == weights.keys()
+        assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("language_model", [LANGUAGE_MODEL, TIED, LLAMA], ids=["untied", "tied", "llama"])
