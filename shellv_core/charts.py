@@ -116,11 +116,12 @@ def _open(title: str, width: int, height: int) -> str:
 
 
 def _bar(down: float, bar: Bar, label: str, color: str, x: Callable[[float], float]) -> list[str]:
-    start, end, middle = x(0), x(bar.value), down + _BAR_HEIGHT / 2
+    start, middle = x(0), down + _BAR_HEIGHT / 2
+    width, height = max(x(bar.value) - start, 0.5), _BAR_HEIGHT - 2
     interval = "" if bar.low is None or bar.high is None else f" ({100 * bar.low:.1f} to {100 * bar.high:.1f})"
     # A style, as the color may be a variable of the page.
     parts = [
-        f'<rect x="{start:.1f}" y="{down + 1:.1f}" width="{max(end - start, 0.5):.1f}" height="{_BAR_HEIGHT - 2}" rx="2"'
+        f'<rect x="{start:.1f}" y="{down + 1:.1f}" width="{width:.1f}" height="{height}" rx="2"'
         f' style="fill:{color}"><title>{escape(label)}: {100 * bar.value:.1f} %{interval}</title></rect>'
     ]
     if bar.low is not None and bar.high is not None:

@@ -34,6 +34,9 @@ _AUTHORS_FIGURES = (
 )
 
 
+_Path = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Table:
     """Figures of several groups, for each run a line: (group, run, cells); a cell is a figure and its interval."""
@@ -127,11 +130,11 @@ def published(family: str, scores: Mapping[str, Any], num_questions: Sequence[in
         paths = list(table["figures"].values())
         asked = table["questions"]
         same = bool(asked) and all(count in asked for count in num_questions)
-        here = f"{sum(num_questions):,} questions were asked here"
+        here = f"{' + '.join(f'{count:,}' for count in num_questions)} questions were asked here"
         if same:
             note = f"{here}, as many as there: they compare if these are the authors' own files and pictures."
         elif asked:
-            there = f"{max(asked):,}" + (" a part" if len(num_questions) > 1 else "")
+            there = " + ".join([f"{max(asked):,}"] * len(num_questions))
             note = f"Not comparable: {here}, {there} there."
         else:
             note = f"Comparable only with the same questions and scorer: {here}."
@@ -140,15 +143,25 @@ def published(family: str, scores: Mapping[str, Any], num_questions: Sequence[in
                 protocol=table["protocol"],
                 columns=list(table["figures"]),
                 own=[_own(scores, path.split("."), family) for path in paths],
-                lines=[
-                    (row["model"], ["" if value is None else f"{value:g}" for value in row["values"]], row["source"])
-                    for row in table["rows"]
-                ],
+                lines=list(
+                    zip(
+                        [row["model"] for row in table["rows"]],
+                        zip(*map(_aligned, zip(*(row["values"] for row in table["rows"]), strict=True)), strict=True),
+                        [row["source"] for row in table["rows"]],
+                        strict=True,
+                    )
+                ),
                 note=note,
                 comparable=same,
             )
         )
     return result
+
+
+def _aligned(values: Sequence[float | None]) -> list[str]:
+    """A column of figures with as many decimals as the longest has."""
+    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values if value is not None)
+    return ["" if value is None else f"{value:.{decimals}f}" for value in values]
 
 
 def _own(scores: Mapping[str, Any], path: Sequence[str], family: str) -> str:
@@ -167,7 +180,7 @@ def _find(scores: Any, path: Sequence[str]) -> Iterator[float]:
             yield from _find(value, path[1:])
 
 
-def _blocks(scores: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+def _blocks(scores: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Path, Mapping[str, Any]]]:
     """Nested figures with their place; of groups within groups the inner ones."""
     for key, value in scores.items():
         if not isinstance(value, Mapping) or key in _DETAILS or not value:

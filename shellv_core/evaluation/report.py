@@ -6,7 +6,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
@@ -16,18 +16,24 @@ from shellv_core.evaluation.answers import told
 from shellv_core.evaluation.benchmark import Benchmark, name_of
 from shellv_core.evaluation.benchmarks.chair import Chair
 from shellv_core.evaluation.breakdown import group_shares, published, tables
-from shellv_core.evaluation.evidence import Evidence, rightness
+from shellv_core.evaluation.evidence import Evidence, confusion, rightness
 from shellv_core.evaluation.naming import BLIND, CANDIDATE, family_of, metric_label, row_label, title_of
 from shellv_core.evaluation.table import mean_yes_ratio, render_table, score_rows, unparsed_share
 from shellv_core.tracking.gate import lower_is_better
 
 # Of each benchmark, and of all together: what a report shows, so that its size has a bound.
-NUM_FAILURES, MAX_FAILURES = 4, 24
-NUM_DIFFERENCES, MAX_DIFFERENCES = 6, 24
+NUM_FAILURES, MAX_FAILURES = 3, 18
+NUM_DIFFERENCES, MAX_DIFFERENCES = 4, 18
 NUM_QUESTIONS = 4
 MAX_TEXT = 600
 PICTURE_SIDE = 240
 MAX_CHART_GROUPS = 24
+MAX_LISTED = 8
+
+_VERDICTS = {"better": "better in", "worse": "worse in", "even": "not measurably different in"}
+
+Keys = Sequence[tuple[str, str]]
+"""Questions: benchmark name and question id."""
 
 Marks = Mapping[str, Callable[[str, str], "list[Span]"]]
 """Benchmark name -> what to mark in an answer, of question id and text."""
@@ -114,7 +120,7 @@ def render_report(
         results=results,
         families=families,
         cards=_headlines(results["metrics"], families),
-        charts=_charts(results["metrics"], families, trees),
+        charts=_charts(results["metrics"], families, results["confusion"][CANDIDATE], trees),
         published={family: published(family, trees[CANDIDATE][family], num_questions[family]) for family in families},
         breakdown={
             family: tables(family, {row: scores[family] for row, scores in trees.items()}) for family in families
@@ -157,7 +163,7 @@ def render_comparison(
         metrics=metrics,
         comparison=comparison,
         families=families,
-        charts=_charts(metrics, families, {}, dict(zip(names, labels, strict=True))),
+        charts=_charts(metrics, families, confusion(rows[0]), {}, dict(zip(names, labels, strict=True))),
         differences=cards.differences(*names),
     )
 
@@ -175,20 +181,15 @@ def summarize(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
         for metric, each in against.items():
             by_verdict[each["verdict"]].append(metric_label(metric))
-        parts = [
-            f"{words} {_listing(by_verdict[verdict])}"
-            for verdict, words in (("better", "better in"), ("worse", "worse in"), ("even", "not measurably different in"))
-            if by_verdict[verdict]
-        ]
+        parts = [f"{words} {_listing(by_verdict[key])}" for key, words in _VERDICTS.items() if by_verdict[key]]
         ahead, behind = bool(by_verdict["better"]), bool(by_verdict["worse"])
-        blind = row == f"{CANDIDATE}_{BLIND}"
-        kind = "bad" if behind and not ahead or blind and not ahead else "open" if ahead == behind else "good"
-        if blind:
-            start = "The pictures help: with" if ahead else "The pictures harm: with" if behind else "No measurable use of the pictures: with"
-            sentence = f"{start} the right ones instead of shuffled ones, the candidate is"
-        else:
-            sentence = f"Against the model {row_label(row)}, the candidate is"
-        findings.append((kind, f"{sentence} {'; '.join(parts)}."))
+        kind = "open" if ahead == behind else "good" if ahead else "bad"
+        start = f"Against the model {row_label(row)}"
+        if row == f"{CANDIDATE}_{BLIND}":
+            kind = "good" if ahead and not behind else "open" if ahead else "bad"
+            use = "The pictures help" if ahead else "The pictures harm" if behind else "No measurable use of pictures"
+            start = f"{use}: with the right ones instead of shuffled ones"
+        findings.append((kind, f"{start}, the candidate is {'; '.join(parts)}."))
     for name, missing in results.get("missing", {}).items():
         effect = "the answers stay unscored" if name == "judge" else "they count as wrong"
         sentence = f"{missing['count']} answers of {row_label(name)} are missing, and {effect}"
@@ -260,7 +261,7 @@ class _Cards:
         most = max((len({name for name, _ in keys}) for keys in asked.values()), default=0)
         shown = [image for image, keys in asked.items() if len({name for name, _ in keys}) == most]
         step = max(1, len(shown) // max(1, count))
-        return [self._card(image, _spread(asked[image], NUM_QUESTIONS), speakers) for image in shown[::step][:count]]
+        return [self._card(_spread(asked[image], NUM_QUESTIONS), speakers) for image in shown[::step][:count]]
 
     def failures(self, row: str, speakers: Sequence[str]) -> list[Card]:
         """The images of each benchmark about which `row` was wrong most, with the questions that it failed."""
@@ -269,36 +270,41 @@ class _Cards:
             faults: dict[str, list[tuple[float, str]]] = {}
             for key, right in self._right[row][name].items():
                 if right < 1:
-                    image = questions[key].question.image
-                    faults.setdefault(image or key, []).append((1 - right, key))
+                    faults.setdefault(questions[key].question.image or key, []).append((1 - right, key))
             worst = sorted(faults.values(), key=lambda keys: -sum(fault for fault, _ in keys))
-            chosen.append(
-                [
-                    [(name, key) for _, key in sorted(keys, key=lambda each: -each[0])[:NUM_QUESTIONS]]
-                    for keys in worst[:NUM_FAILURES]
-                ]
-            )
-        return [self._card(None, keys, speakers) for keys in _in_turn(chosen)[:MAX_FAILURES]]
+            chosen.append([[(name, key) for _, key in sorted(keys, key=lambda each: -each[0])] for keys in worst])
+        return [self._card(keys[:NUM_QUESTIONS], speakers) for keys in self._once(chosen, NUM_FAILURES, MAX_FAILURES)]
 
     def differences(self, first: str, second: str) -> list[Card]:
-        """Questions of each benchmark on which the two differ most, either ahead in turn, or say most unlike."""
+        """Questions of each benchmark on which the two differ most, the first behind and ahead in turn."""
         chosen = []
         for name in self._questions:
             right = {row: self._right[row][name] for row in (first, second)}
             gaps = {key: right[first][key] - right[second][key] for key in right[first] if key in right[second]}
             ahead = sorted((key for key in gaps if gaps[key] > 0), key=lambda key: -gaps[key])
             behind = sorted((key for key in gaps if gaps[key] < 0), key=lambda key: gaps[key])
-            chosen.append([[(name, key)] for key in _in_turn([behind, ahead])[:NUM_DIFFERENCES]])
+            chosen.append([[(name, key)] for key in _in_turn([behind, ahead])])
         return [
-            self._card(None, keys, (first, second), contrasted=True) for keys in _in_turn(chosen)[:MAX_DIFFERENCES]
+            self._card(keys, (first, second), contrasted=True)
+            for keys in self._once(chosen, NUM_DIFFERENCES, MAX_DIFFERENCES)
         ]
 
-    def _card(
-        self, image: str | None, keys: Sequence[tuple[str, str]], speakers: Sequence[str], contrasted: bool = False
-    ) -> Card:
-        if image is None:
-            name, key = keys[0]
-            image = self._questions[name][key].question.image
+    def _once(self, chosen: Sequence[Sequence[Keys]], of_each: int, count: int) -> list[Keys]:
+        """The first of each benchmark in turn, but none that asks what another has asked about the same image."""
+        seen: set[tuple[str, str]] = set()
+        kept: list[list[Keys]] = [[] for _ in chosen]
+        for place, candidates in enumerate(chosen):
+            for keys in candidates:
+                questions = [self._questions[name][key].question for name, key in keys]
+                asked = {(each.image, each.prompt) for each in questions}
+                if len(kept[place]) < of_each and seen.isdisjoint(asked):
+                    seen |= asked
+                    kept[place].append(keys)
+        return _in_turn(kept)[:count]
+
+    def _card(self, keys: Keys, speakers: Sequence[str], contrasted: bool = False) -> Card:
+        """A card of questions about one image."""
+        image = next(self._questions[name][key].question.image for name, key in keys)
         replies = []
         for name, key in keys:
             asked = self._questions[name][key]
@@ -334,7 +340,7 @@ def _render(template: str, rows: Mapping[str, Any], labels: Mapping[str, str], *
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
     environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
-    environment.filters["p"] = lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}"
+    environment.filters["p"] = lambda value: "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
     environment.filters["metric"] = metric_label
     environment.filters["family"] = family_of
     environment.filters["title_of"] = title_of
@@ -355,7 +361,7 @@ def _headlines(metrics: Mapping[str, Any], families: Sequence[str]) -> list[dict
         same = len({name.rpartition("_")[2] for name in names}) == 1
         shown = names if same else names[:1]
         values = {row: sum(of_row[name]["value"] for name in shown) / len(shown) for row, of_row in metrics.items()}
-        title = f"{title_of(family)} {names[0].rpartition('_')[2]}" if same and len(names) > 1 else metric_label(names[0])
+        title = f"{title_of(family)} {names[0].rpartition('_')[2]}" if len(shown) > 1 else metric_label(names[0])
         hint = "lower is better" if lower_is_better(names[0]) else "higher is better"
         cards.append({"title": title, "hint": hint, "figures": values})
     return cards
@@ -364,6 +370,7 @@ def _headlines(metrics: Mapping[str, Any], families: Sequence[str]) -> list[dict
 def _charts(
     metrics: Mapping[str, Any],
     families: Sequence[str],
+    yes_no: Container[str],
     trees: Mapping[str, Mapping[str, Any]],
     labels: Mapping[str, str] | None = None,
 ) -> list[tuple[str, Any]]:
@@ -375,14 +382,16 @@ def _charts(
     for family in families:
         names = [name for name in next(iter(metrics.values())) if family_of(name) == family]
         marked = [
-            " ".join(metric_label(name).removeprefix(title_of(family)).split()) + (" (lower is better)" * lower_is_better(name))
+            metric_label(name).removeprefix(title_of(family)).strip() + " (lower is better)" * lower_is_better(name)
             for name in names
         ]
         figures = {
             row: [Bar(of_row[name]["value"], of_row[name]["low"], of_row[name]["high"]) for name in names]
             for row, of_row in metrics.items()
         }
-        drawn.append((title_of(family), marked, figures, _chance(names)))
+        # Half of the questions are a yes.
+        chance = 0.5 if family in yes_no and all(name.endswith("_accuracy") for name in names) else None
+        drawn.append((title_of(family), marked, figures, chance))
         groups = {row: group_shares(scores[family]) for row, scores in trees.items()}
         shown = list(groups.get(CANDIDATE, {}))[:MAX_CHART_GROUPS]
         if len(shown) > 1 and len(shown) != len(names):
@@ -405,12 +414,9 @@ def _charts(
     ]
 
 
-def _chance(names: Sequence[str]) -> float | None:
-    """Where guessing ends up, of yes/no questions half of which are a yes."""
-    return 0.5 if all(name.startswith(("pope_", "hal_eval_", "mme_")) and "generative" not in name for name in names) else None
-
-
 def _listing(names: Sequence[str]) -> str:
+    if len(names) > MAX_LISTED:
+        return f"{len(names)} metrics"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -419,7 +425,7 @@ def _in_turn(lists: Iterable[Sequence[Any]]) -> list[Any]:
     return [each for each in chain.from_iterable(zip_longest(*lists)) if each is not None]
 
 
-def _spread(keys: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+def _spread(keys: Keys, count: int) -> Keys:
     """Up to `count` questions, of as many benchmarks as there are."""
     by_benchmark: dict[str, list[tuple[str, str]]] = {}
     for key in keys:

@@ -2,7 +2,7 @@
 
 What is resampled and what is tested are clusters: the questions about one image together. A model that misreads an
 image errs in several of its questions at once, so that they say less than as many questions about as many images; to
-resample questions would make intervals too narrow. Where every question has an image of its own, clusters are questions.
+resample questions would make intervals too narrow. Where every question has its own image, clusters are questions.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def compare_paired(
     if all(first[key][1] == second[key][1] == 1 for key in keys):
         test, p_value = "mcnemar", mcnemar((pairs[0, :, 0] - pairs[1, :, 0]).astype(int).tolist())
     else:
-        test, p_value = "bootstrap", _bootstrap_p_value(resampled)
+        test, p_value = "bootstrap", _bootstrap_p_value(resampled, pairs.shape[1])
     return PairedComparison(
         difference=float(share[0] - share[1]),
         low=low,
@@ -129,10 +129,15 @@ def compare_paired(
     )
 
 
-def _bootstrap_p_value(differences: NDArray[np.float64]) -> float:
-    """Twice the share of resamples on the other side of 0; never 0, as no number of resamples shows that."""
+def _bootstrap_p_value(differences: NDArray[np.float64], num_clusters: int) -> float:
+    """Twice the share of resamples on the other side of 0.
+
+    It is never 0, as no number of resamples shows that, and never below the smallest p-value of a sign test: a few
+    clusters that happen to agree resample to nothing else.
+    """
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
-    return min(1.0, 2 * (1 + min(below, above)) / (1 + len(differences)))
+    p_value = 2 * (1 + min(below, above)) / (1 + len(differences))
+    return min(1.0, max(p_value, 2.0 ** (1 - num_clusters)))
 
 
 def _quantiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:

@@ -37,6 +37,26 @@ def render_table(results: Mapping[str, Any]) -> str:
     return "\n".join(markdown([header, *lines])) + "\n"
 
 
+def render_comparison_table(
+    figures: tuple[Mapping[str, Any], Mapping[str, Any]], comparison: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Two models' figures and `evidence.compare` of them as a Markdown table, in percent."""
+    verdicts = {"better": "A is better", "worse": "B is better", "even": "no measurable difference"}
+    lines = [
+        [
+            metric_label(metric),
+            *(_percent(of_model[metric]["value"]) for of_model in figures),
+            f"{100 * each['difference']:+.1f}",
+            f"{100 * each['low']:+.1f} to {100 * each['high']:+.1f}",
+            f"{each['p_value']:.2g}",
+            f"{each['p_holm']:.2g}",
+            verdicts[each["verdict"]],
+        ]
+        for metric, each in comparison.items()
+    ]
+    return "\n".join(markdown([["%", "A", "B", "A - B", "95 % interval", "p", "p, Holm", "verdict"], *lines])) + "\n"
+
+
 def unparsed_share(scores: Mapping[str, Any]) -> float:
     """Share of all benchmarks' questions whose answer could not be read."""
     blocks = list(_counted(scores))

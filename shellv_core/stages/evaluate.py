@@ -71,9 +71,9 @@ def run(config: EvaluateConfig) -> StageResult:
     """Answer, score, compare and report.
 
     Output: ``report.html``, ``summary.md``, ``results.json``, ``outcomes.json`` (per question, for paired tests with
-    later models), ``questions/*.jsonl``, ``answers/*.jsonl``, and where there are any ``judgments/*.jsonl`` and ``missing.json``. Metrics are flat:
-    ``pope_random_accuracy`` is the candidate's, ``blind_...`` its blind run's, ``without_hacl_...`` and
-    ``without_hacl_blind_...`` the baseline's.
+    later models), ``questions/*.jsonl``, ``answers/*.jsonl``, and where there are any ``judgments/*.jsonl`` and
+    ``missing.json``. Metrics are flat: ``pope_random_accuracy`` is the candidate's, ``blind_...`` its blind run's,
+    ``without_hacl_...`` and ``without_hacl_blind_...`` the baseline's.
 
     An endpoint that fails leaves questions unanswered. They count as wrong and as missing, the output is written, and
     then the run fails if they are more than `max_missing_share` allows; the next run asks them again.
@@ -263,9 +263,7 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     run.output.put_bytes(_json(results), "results.json")
     outcomes = {row: evidence.outcomes for row, evidence in rows.items()}
     run.output.put_bytes(json.dumps(outcomes).encode(), OUTCOMES_NAME)
-    report = render_report(
-        results, rows, images, _lineage(run, task), config.num_sample_pictures, marks_of(benchmarks)
-    )
+    report = render_report(results, rows, images, _lineage(run, task), config.num_sample_pictures, marks_of(benchmarks))
     run.output.put_bytes(report.encode(), "report.html")
     run.output.put_bytes(render_summary(results).encode(), "summary.md")
     questions = {name_of(benchmark): len(benchmark.questions) for benchmark in benchmarks}
@@ -290,7 +288,7 @@ class _Asking:
         data = inputs.get("data")
         own = [] if data is None else _read_benchmarks(task.config, data)
         self.benchmarks: list[Benchmark] = [*own, *task.benchmarks]
-        of_data = {} if data is None else _read_images(data, needed_images(own))
+        of_data = {} if data is None else read_images(data, needed_images(own))
         _check_apart(task, of_data)
         self.images: Mapping[str, bytes] = Images([of_data, task.images])
         self.substitutes = shuffle_images(self.benchmarks, task.config.seed)
@@ -518,7 +516,8 @@ def _read_benchmarks(config: EvaluateConfig, data: InputDirectory) -> list[Bench
     )
 
 
-def _read_images(data: InputDirectory, names: set[str]) -> dict[str, bytes]:
+def read_images(data: InputDirectory, names: set[str]) -> dict[str, bytes]:
+    """Those of the validation images of prepare_data's output that are named."""
     from shellv_core.data.shards import read_shards
 
     return {

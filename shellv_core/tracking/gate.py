@@ -254,8 +254,8 @@ def _told(name: str, paired: Paired, adjusted: float) -> str:
 def _untested(name: str, what: str) -> Check:
     return Check(
         False,
-        f"{name}: the champion was not asked the same questions, so that a {what} cannot be tested; evaluate it again on"
-        " the candidate's data and benchmarks",
+        f"{name}: the champion was not asked the same questions, so that a {what} cannot be tested; evaluate it again"
+        " on the candidate's data and benchmarks",
     )
 
 

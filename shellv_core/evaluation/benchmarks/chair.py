@@ -198,7 +198,9 @@ class Chair:
         """The rates and recall, per image; a missing caption names nothing."""
         judged = {image: self.judge(image, answers.get(image, "")) for image in self.present}
         return {
-            "chair_instance_rate": {image: (len(each.hallucinated), len(each.mentions)) for image, each in judged.items()},
+            "chair_instance_rate": {
+                image: (len(each.hallucinated), len(each.mentions)) for image, each in judged.items()
+            },
             "chair_sentence_rate": {
                 image: (int(bool(each.hallucinated)), int(image in answers)) for image, each in judged.items()
             },
