@@ -49,6 +49,13 @@ def test_differences_are_paired_by_seed_and_a_verdict_needs_an_interval_without_
     assert efficacy.verdict(study(), PLAIN, PLAIN) == "no difference shown"
 
 
+def test_two_seeds_that_agree_show_nothing() -> None:
+    assert efficacy.shown([-0.2, -0.2, -0.2])
+    assert not efficacy.shown([-0.2, -0.2])
+    assert not efficacy.shown([-3.0])
+    assert not efficacy.shown([-0.2, -0.1, 0.2])
+
+
 def test_a_plain_run_as_long_gets_the_steps_of_the_slower_stage_alone() -> None:
     runs = study()
     overrides = efficacy.overrides_as_long(runs[PLAIN]["0"], runs[HACL]["0"])
