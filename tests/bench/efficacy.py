@@ -74,6 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "captions and preference in stage 2": Recipe((*NO_OBJECTIVES, *CAPTIONS, *preference())),
     "HACL in stage 1": Recipe(hacl(STAGE_1)),
     "HACL in both stages": Recipe(hacl(STAGE_1, STAGE_2)),
+    "plain, as long as HACL in stage 1": Recipe(NO_OBJECTIVES, as_long_as="HACL in stage 1"),
 }
 #: Tried on one seed, to choose the weights and tasks of `RECIPES`.
 SEARCH: dict[str, Recipe] = {

@@ -74,8 +74,8 @@ def test_recipes_say_all_that_they_do_whatever_the_preset(name: str) -> None:
     configs = {stage: stage_config("nano", stage, overrides) for stage in TRAINING_STAGES}
     switched = [configs["pretrain_projector"].hacl.weight, configs["finetune"].hacl.weight]
     assert [weight > 0 for weight in switched] == [
-        "HACL in stage 1" in name or "both" in name,
-        ("HACL in stage 2" in name and not name.startswith("plain")) or "both" in name,
+        ("HACL in stage 1" in name or "both" in name) and not name.startswith(PLAIN),
+        ("HACL in stage 2" in name or "both" in name) and not name.startswith(PLAIN),
     ]
     assert (configs["finetune"].preference.weight > 0) == ("preference" in name)
 
