@@ -23,10 +23,10 @@ run: $(INSTALLED)      ## the whole pipeline: data, training, evaluation, promot
 serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
-test: $(INSTALLED)     ## all tests that need no browser and under 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser"
+test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 15 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow"
 
-test-all: $(INSTALLED) browser ## also the tests that drive Chromium
+test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 browser:               ## install Chromium where it is missing

@@ -1,4 +1,4 @@
-"""The ``shellv`` program: a verb for each stage, and data, model, score, serve and chat.
+"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, serve and chat.
 
 Only the chosen verb's module is imported, so that help answers at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from shellv_core import __version__
 from shellv_core.errors import ConfigError, Preempted, ShellVError
 from shellv_core.stages import STAGE_NAMES
+from shellv_core.training.processes import launched, leave_first_to_speak
 
 STAGE_HELP = {
     "prepare_data": "make verified WebDataset shards and benchmarks from scenes or LLaVA-format data",
@@ -28,6 +30,7 @@ STAGE_HELP = {
 COMMANDS = {
     "data": ("count, show or verify a data set", "shellv_core.data.data_command"),
     "model": ("build a model, convert or export a checkpoint", "shellv_core.models.model_command"),
+    "estimate": ("estimate the memory that training takes, and what fits", "shellv_core.stages.estimate_command"),
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code.
 
     0: done. 1: failed. 2: wrong settings. 130: interrupted. 143: stopped by SIGTERM or SIGUSR1, run me again.
+    Under torchrun the first process alone logs and prints the result.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((each for each in arguments if not each.startswith("-")), None)
@@ -50,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging()
         command = importlib.import_module(COMMANDS[options.verb][1])
         return int(command.main(options))
-    except ConfigError as error:
-        print(f"shellv: {error}", file=sys.stderr)
-        return 2
     except ShellVError as error:
+        leave_first_to_speak()
         print(f"shellv: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except Preempted as stop:
+        leave_first_to_speak()
         print(f"shellv: {stop}", file=sys.stderr)
         return stop.CODE
     except KeyboardInterrupt:
@@ -109,7 +112,8 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
     from shellv_core.logs import setup_logging
     from shellv_core.stages.presets import stage_config, stage_module
 
-    setup_logging()
+    first = launched().first
+    setup_logging(logging.INFO if first else logging.WARNING)
     config = stage_config(options.preset, options.verb)
     if options.config:
         config = merge_values(config, read_yaml(Path(options.config)))
@@ -117,7 +121,8 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
     # Standard output carries the result alone; some libraries log there.
     with contextlib.redirect_stdout(sys.stderr), _storage_for(config):
         result = stage_module(options.verb).run(config)
-    print(result.model_dump_json(indent=1))
+    if first:
+        print(result.model_dump_json(indent=1))
     return 0
 
 

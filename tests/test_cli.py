@@ -13,7 +13,7 @@ from shellv_core.stages import STAGE_NAMES
 
 HEAVY = (
     "torch", "transformers", "mlflow", "gradio", "fastapi", "kfp", "boto3", "numpy", "PIL", "scipy", "pyarrow", "spacy",
-    "sklearn", "simplejpeg", "openai",
+    "sklearn", "simplejpeg", "httpx",
 )  # fmt: skip
 SMALL_DATA = ("--preset", "smoke", "scenes.num_train=24", "scenes.num_validation=24", "scenes.benchmark_images=8")
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from pydantic import Field
 
-from shellv_core.config import Config, apply_overrides, fingerprint, merge_values, read_yaml
+from shellv_core.config import Config, apply_overrides, effective_values, fingerprint, merge_values, read_yaml
 from shellv_core.errors import ConfigError
 
 
@@ -68,3 +70,19 @@ def test_fingerprint_depends_on_values_and_not_on_key_order() -> None:
     assert fingerprint(Outer()) == fingerprint(Outer().model_dump())
     assert fingerprint(Outer()) != fingerprint(Outer(steps=11))
     assert fingerprint("a", "b") != fingerprint("ab")
+
+
+def test_settings_without_effect_do_not_count_at_any_depth() -> None:
+    class Leaf(Config):
+        without_effect: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+        num_workers: int = 1
+        size: int = 2
+
+    class Root(Config):
+        without_effect: ClassVar[frozenset[str]] = frozenset({"log_every"})
+        log_every: int = 5
+        leaf: Leaf = Leaf()
+        absent: Leaf | None = None
+
+    assert effective_values(Root()) == {"leaf": {"size": 2}, "absent": None}
+    assert effective_values(Root(absent=Leaf(num_workers=3))) == {"leaf": {"size": 2}, "absent": {"size": 2}}

@@ -1,7 +1,7 @@
 """Packed batches for training, straight from the shards: read, decoded and tokenized ahead by threads.
 
-Where a run stands is three values: the plan's hash, the epoch and the step. From them any number of ranks that divides
-the global batch goes on exactly there.
+Where a run stands is three values: the plan's hash, the epoch and the step. From them any number of ranks goes on
+exactly there.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class _Document:
 class PackedLoader:
     """Iterates the optimizer steps of the current epoch from the current step: each a list of this rank's packs.
 
-    All ranks together get the global batch, whatever their number. In the last step of an epoch there may be fewer
-    packs, and for some ranks an empty list; they must take part in the step all the same. After an epoch's last step
-    the loader stands at the next epoch's first, and iterating anew goes on there.
+    All ranks together get the global batch, whatever their number. Where their number does not divide it, and in the
+    last step of an epoch, some ranks get fewer packs, or an empty list; they must take part in the step all the same.
+    After an epoch's last step the loader stands at the next epoch's first, and iterating anew goes on there.
 
     Args:
         sources: splits to mix. A source that is asked for more samples than it has repeats them in a fresh order; one
@@ -237,6 +237,19 @@ class PackedLoader:
                 self.epoch, self.step = (self.epoch + 1, 0) if last else (self.epoch, step + 1)
                 yield packs
 
+    def most_images(self, num_steps: int) -> int:
+        """The most pictures that a pack of the first epoch's first `num_steps` steps has."""
+        plan = self.plan(0)
+        offsets = plan.offsets[: num_steps * self.global_batch + 1]
+        documents = self._kept[plan.documents[: offsets[-1]]]
+        starts = np.concatenate(
+            [first + lengths.offsets[:-1] for first, lengths in zip(self._first_document, self._lengths, strict=True)]
+        )
+        has_image = np.concatenate([lengths.has_image for lengths in self._lengths])[documents]
+        pack_of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        images = np.stack([pack_of, np.searchsorted(starts, documents, side="right")])[:, has_image]
+        return int(np.bincount(np.unique(images, axis=1)[0]).max(initial=0))
+
     def _read_packs(self, plan: EpochPlan, numbers: np.ndarray) -> dict[int, list[_Document]]:
         """The documents of some packs, read together."""
         documents = [self._kept[plan.pack(number)] for number in numbers]
@@ -347,7 +360,7 @@ class _Prefetch:
         # Units by the position of the first pack that needs them.
         self._to_read = deque(np.sort(np.unique(self._units, return_index=True)[1]).tolist())
         self._build_ahead = 2 * loader.num_workers
-        ahead = READ_AHEAD_STEPS * plan.global_batch // loader.world_size
+        ahead = READ_AHEAD_STEPS * -(-plan.global_batch // loader.world_size)
         self._read_ahead = self._build_ahead + max(READ_AHEAD_PACKS, ahead)
         self._read: dict[int, Future[dict[int, list[_Document]]]] = {}
         self._built: deque[Future[PackedBatch]] = deque()
@@ -404,8 +417,8 @@ def _check_arguments(
         faults.append(f"weights are {weights}; they must not be negative, and one must be above 0")
     if not 0 <= rank < world_size:
         faults.append(f"rank is {rank}; with world_size={world_size} it must be 0 to {world_size - 1}")
-    if global_batch < 1 or world_size < 1 or global_batch % world_size:
-        faults.append(f"global_batch={global_batch} packs cannot be split evenly over world_size={world_size} ranks")
+    if global_batch < 1 or world_size < 1:
+        faults.append(f"global_batch={global_batch} packs and world_size={world_size} ranks must both be at least 1")
     if num_workers < 1:
         faults.append(f"num_workers is {num_workers}; at least 1 is needed")
     if too_long not in get_args(TooLong):

@@ -1,4 +1,4 @@
 """Benchmarks, answers, scores, statistics and the report.
 
-Scoring (`pope`, `hal_eval`, `chair`) is pure and light: no torch, no numpy. Only `generator` knows of models.
+Scoring (`benchmarks`) is pure and light: no torch, no numpy. Only `generator` knows of models.
 """

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shellv_core.charts import Bar, Series, bar_chart
+from shellv_core.evaluation.answers import told
 from shellv_core.evaluation.benchmark import Benchmark, name_of
-from shellv_core.evaluation.chair import Chair
-from shellv_core.evaluation.charts import Bar, Series, bar_chart
-from shellv_core.evaluation.hal_eval import TYPES
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks.chair import Chair
+from shellv_core.evaluation.benchmarks.hal_eval import TYPES
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.suite import BLIND, CANDIDATE, ModelAnswers
 from shellv_core.evaluation.table import mean_yes_ratio, score_rows, unparsed_share
 from shellv_core.evaluation.yes_no import parse_strict
@@ -133,6 +134,10 @@ def summarize(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         parts += [f"not measurably different in {_listing(even)}"] if even else []
         kind = "open" if bool(ahead) == bool(behind) else ("good" if ahead else "bad")
         findings.append((kind, f"{sentence} {'; '.join(parts)} (95 % paired intervals)."))
+    for name, missing in results.get("missing", {}).items():
+        effect = "the answers stay unscored" if name == "judge" else "they count as wrong"
+        sentence = f"{missing['count']} answers of {LABELS.get(name, name)} are missing, and {effect}"
+        findings.append(("bad", f"{sentence} ({told(missing['by_reason'])})."))
     rows = score_rows(results)
     unparsed = unparsed_share(rows[CANDIDATE])
     if unparsed > 0.01:
@@ -264,7 +269,7 @@ def _choose(
     if chair is None:
         return samples, []
     captions = models[CANDIDATE].sighted[name_of(chair)]
-    faults = {name: len(chair.judge(name, captions[name]).hallucinated) for name in names}
+    faults = {name: len(chair.judge(name, captions.get(name, "")).hallucinated) for name in names}
     worst = sorted((name for name in names if faults[name]), key=lambda name: -faults[name])[:NUM_FAILURES]
     return samples, [_picture(name, chair, None, models, images) for name in worst]
 
@@ -279,13 +284,13 @@ def _picture(
     captions = []
     if chair is not None:
         for row in _speakers(models):
-            caption = _said(models, row, chair)[name]
+            caption = _said(models, row, chair).get(name, "")
             captions.append((row, highlight(chair, name, caption)))
     questions = []
     asked = [(pope, each) for each in pope.questions if each.image == name] if pope is not None else []
     for pope, question in asked[:NUM_QUESTIONS]:
         truth = pope.truth[question.question_id]
-        answers = [_said(models, row, pope)[question.question_id] for row in _speakers(models)]
+        answers = [_said(models, row, pope).get(question.question_id, "") for row in _speakers(models)]
         questions.append(
             QuestionRow(
                 question.prompt,

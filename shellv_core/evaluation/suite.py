@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.answers import AnswerGenerator, answer_all, answers_to, derange, plan_prompts
+from shellv_core.evaluation.answers import (
+    Answered,
+    AnswerGenerator,
+    Prompt,
+    Shard,
+    answer_all,
+    answers_to,
+    derange,
+    plan_prompts,
+)
 from shellv_core.evaluation.benchmark import Benchmark, Outcomes, Scores, name_of
-from shellv_core.evaluation.chair import Chair
-from shellv_core.evaluation.hal_eval import HalEval
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks.chair import Chair
+from shellv_core.evaluation.benchmarks.hal_eval import HalEval
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.rows import read_rows
 from shellv_core.evaluation.statistics import bootstrap_interval, compare_paired
 
@@ -32,10 +42,11 @@ Answers = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """What one model said with the right images and with shuffled ones."""
+    """What one model said with the right images and with shuffled ones, and why it said nothing where it did not."""
 
     sighted: Answers
     blind: Answers
+    missing: Answers = field(default_factory=dict)  # with the reasons as texts; "NAME_blind" of the blind runs
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def read_benchmarks(
 
 def needed_images(benchmarks: Iterable[Benchmark]) -> set[str]:
     """Names of all images that are asked about."""
-    return {question.image for benchmark in benchmarks for question in benchmark.questions}
+    return {question.image for benchmark in benchmarks for question in benchmark.questions if question.image}
 
 
 def ask_models(
@@ -96,23 +107,28 @@ def ask_models(
     benchmarks: Sequence[Benchmark],
     images: Mapping[str, bytes],
     substitutes: Mapping[str, str],
-    log_folder: Path,
+    log_paths: Mapping[str, Path],
     images_per_block: int,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+    known: Mapping[str, Mapping[Prompt, str]] | None = None,
 ) -> dict[str, ModelAnswers]:
     """All answers of several models, sighted and blind, side by side in a thread each.
 
-    Continues what ``log_folder/answers-NAME.jsonl`` hold. The first fault stops all models at their next block.
+    Continues the journals at `log_paths`. The first fault stops all models at their next answers.
+
+    Args:
+        shard: the part of the questions to be asked; the others count as missing, unless they are `known`.
+        known: model name -> answers that other processes have.
     """
     prompts = plan_prompts(benchmarks, substitutes)
     stop = threading.Event()
 
     def ask(name: str) -> ModelAnswers:
-        log_path = log_folder / f"answers-{name}.jsonl"
-        texts = answer_all(prompts, generators[name], images, log_path, images_per_block, f"{name} answers", stop)
-        return ModelAnswers(
-            sighted={name_of(each): answers_to(each, texts) for each in benchmarks},
-            blind={name_of(each): answers_to(each, texts, substitutes) for each in benchmarks},
+        others = (known or {}).get(name, {})
+        answered = answer_all(
+            prompts, generators[name], images, log_paths[name], images_per_block, f"{name} answers", stop, shard, others
         )
+        return _by_benchmark(benchmarks, answered, substitutes)
 
     with ThreadPoolExecutor(len(generators)) as pool:
         futures = {name: pool.submit(ask, name) for name in generators}
@@ -123,6 +139,25 @@ def ask_models(
         for future in done:
             future.result()
         return {name: future.result() for name, future in futures.items()}
+
+
+def count_missing(lacking: Mapping[str, Answers]) -> dict[str, Any]:
+    """How many answers each model lacks, of the reasons by benchmark and question; models that lack none are left out.
+
+    Returns:
+        ``{"candidate": {"count": 3, "by_reason": {"HTTP 500": 3}, "benchmarks": {"pope_random": 3}}}``.
+    """
+    counts = {}
+    for name, by_benchmark in lacking.items():
+        reasons = Counter(reason for missing in by_benchmark.values() for reason in missing.values())
+        if reasons:
+            benchmarks = {key: len(missing) for key, missing in by_benchmark.items() if missing}
+            counts[name] = {
+                "count": reasons.total(),
+                "by_reason": dict(sorted(reasons.items())),
+                "benchmarks": benchmarks,
+            }
+    return counts
 
 
 def shuffle_images(benchmarks: Iterable[Benchmark], seed: int) -> dict[str, str]:
@@ -177,6 +212,16 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
             start = prefix + (f"{BLIND}_{key.removesuffix(f'_{BLIND}')}" if blind else key)
             flat.update(_flatten(start, scores))
     return flat
+
+
+def _by_benchmark(benchmarks: Sequence[Benchmark], answered: Answered, substitutes: Mapping[str, str]) -> ModelAnswers:
+    missing = {name_of(each): answers_to(each, answered.faults) for each in benchmarks}
+    missing |= {f"{name_of(each)}_{BLIND}": answers_to(each, answered.faults, substitutes) for each in benchmarks}
+    return ModelAnswers(
+        sighted={name_of(each): answers_to(each, answered.texts) for each in benchmarks},
+        blind={name_of(each): answers_to(each, answered.texts, substitutes) for each in benchmarks},
+        missing=missing,
+    )
 
 
 def _score(benchmark: Benchmark, answers: Mapping[str, str], seed: int) -> Scores:

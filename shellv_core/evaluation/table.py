@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shellv_core.evaluation.hal_eval import TYPES
-from shellv_core.evaluation.pope import SPLITS
+from shellv_core.evaluation.benchmarks.hal_eval import TYPES
+from shellv_core.evaluation.benchmarks.pope import SPLITS
 
 ROW_LABELS = {
     "candidate": "candidate",

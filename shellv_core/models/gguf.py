@@ -31,13 +31,14 @@ def write_from_gguf(path: Path, directory: Path) -> str:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{path} is a GGUF file, which the package gguf reads; install the extra 'smollm2'.")
+    found: Any
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, output_loading_info=True)
+        found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise ModelError(f"cannot read the GGUF file {path}: {error}") from error
-    loaded, loading = result
-    faults = {name: sorted(map(str, found)) for name, found in loading.items() if found}
+    loaded, loading = found
+    faults = {name: sorted(map(str, names)) for name, names in loading.items() if names}
     if faults:
         raise ModelError(f"the tensors of the GGUF file {path} are not those of a {type(loaded).__name__}: {faults}.")
     # transformers refuses to save what it has unpacked itself.

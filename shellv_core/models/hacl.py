@@ -39,6 +39,10 @@ class HaclHeads(nn.Module):
         )
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
 
+    def forward(self) -> torch.Tensor:
+        """The temperature, a scalar; by a call, so that an engine that shards parameters knows that it is read."""
+        return self.temperature.clone()
+
     def embed_images(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (..., hidden_size) to normalized float32 (..., output_size)."""
         return functional.normalize(self.vision_projector(hidden_states).float(), dim=-1)
@@ -47,10 +51,10 @@ class HaclHeads(nn.Module):
         """Map (..., hidden_size) to normalized float32 (..., output_size)."""
         return functional.normalize(self.text_projector(hidden_states).float(), dim=-1)
 
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the temperature within its range; call it after each optimizer step."""
-        self.temperature.clamp_(*TEMPERATURE_RANGE)
+
+def within_range(temperature: torch.Tensor) -> torch.Tensor:
+    """A temperature kept within its range; for use after each optimizer step."""
+    return temperature.clamp(*TEMPERATURE_RANGE)
 
 
 def save_heads(heads: HaclHeads, path: Path) -> None:

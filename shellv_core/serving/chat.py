@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shellv_core.endpoint.client import EndpointClient, user_message
 from shellv_core.errors import ServingError
-from shellv_core.serving.client import EndpointClient, user_message
 
 HELP = """\
 /image PATH  start again with another picture (png, jpeg, webp or gif)

@@ -30,8 +30,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ShellVError: if the model cannot be loaded or the endpoint does not answer.
     """
+    from shellv_core.endpoint.client import EndpointClient
     from shellv_core.serving.chat import Chat
-    from shellv_core.serving.client import EndpointClient
 
     options = {"temperature": args.temperature, "top_p": args.top_p}
     options |= {key: value for key in ("max_tokens", "seed") if (value := getattr(args, key)) is not None}

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shellv_core.endpoint.client import EndpointClient, EndpointError, endpoint_url
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
-from shellv_core.serving.client import EndpointClient, EndpointError, endpoint_url
 
 logger = get_logger(__name__)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import uvicorn
 
 from shellv_core.config import Config
+from shellv_core.endpoint.client import endpoint_url
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.serving.api import ApiConfig, ServedModel, create_app
-from shellv_core.serving.client import endpoint_url
 from shellv_core.serving.engine import Engine
 from shellv_core.serving.reference import fetch_model
 from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine

@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shellv_core.endpoint.client import EndpointClient, user_message
 from shellv_core.errors import ServingError
-from shellv_core.serving.client import EndpointClient, user_message
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -80,9 +80,9 @@ def _body(run: StageRun[DeployConfig]) -> None:
     import json
     import time
 
+    from shellv_core.endpoint.client import EndpointClient, user_message
     from shellv_core.errors import ServingError
     from shellv_core.logs import get_logger
-    from shellv_core.serving.client import EndpointClient, user_message
     from shellv_core.serving.reference import find_registered
 
     config, logger = run.config, get_logger(__name__)

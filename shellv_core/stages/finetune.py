@@ -11,6 +11,7 @@ from pydantic import model_validator
 from shellv_core.models.config import LoraConfig
 from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.training_report import put_report
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 
 
@@ -42,6 +43,11 @@ class FinetuneConfig(StageConfig):
             raise ValueError(
                 "lora adapts the language model, which training.trainable leaves out; add it or set lora=null"
             )
+        if self.lora and self.lora.quantization and self.training.zero_stage == 3:
+            raise ValueError(
+                f"lora.quantization={self.lora.quantization} does not go together with training.zero_stage=3: quantized"
+                " weights cannot be shared; take another stage or engine"
+            )
         return self
 
 
@@ -53,6 +59,7 @@ def run(config: FinetuneConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri, "model": config.model_uri},
         code=TRAINING_CODE,
+        shared=True,
         checkpoint_uri=config.training.checkpoint_uri,
     )
 
@@ -65,12 +72,14 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.model import TrainingModel, frozen_copy
+    from shellv_core.training.processes import first_on_node
 
     config, data = run.config, TrainingData.of(run.inputs["data"], "train")
     quantization = config.lora.quantization if config.lora else None
     check_quantization(quantization)
     compute_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    base = run.inputs["model"].fetch_tree("model/")
+    with first_on_node():
+        base = run.inputs["model"].fetch_tree("model/")
     model, processor = load_model(base, quantization=quantization, compute_dtype=compute_dtype)
     heads = start_heads(config.hacl, model, config.seed, run.inputs["model"])
     module = TrainingModel(model, heads, config.hacl, config.preference)
@@ -91,6 +100,9 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         "finetune",
         checkpoint_address=run.checkpoints,
     )
+    if not run.first:
+        return
+    put_report("finetune", run, module, run.config.training)
     module.to("cpu")
     if adapted is None:
         save_model(model, processor, run.work / "model")
@@ -100,4 +112,4 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
         run.output.put_tree(run.work / "adapter", "adapter")
     put_heads(heads, run)
     run.metrics.update(summary.metrics)
-    run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri)
+    run.details.update(num_steps=summary.num_steps, base_model_uri=run.inputs["model"].uri, **summary.details)

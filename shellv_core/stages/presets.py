@@ -164,6 +164,8 @@ def shellv_7b() -> Preset:
         projector_learning_rate=1e-3,
         warmup_ratio=0.03,
         precision="bf16",
+        tf32=True,
+        gradient_checkpointing=True,
         max_length=2048,
         cache_features=False,
         checkpoint_every_steps=300,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shellv_core.models.config import ModelConfig
 from shellv_core.stages.heads import put_heads, start_heads
 from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, StageRun, run_stage
+from shellv_core.stages.training_report import put_report
 from shellv_core.training.config import AlignmentConfig, HaclConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(config: PretrainProjectorConfig) -> StageResult:
         _body,
         inputs={"data": config.data_uri},
         code=TRAINING_CODE,
+        shared=True,
         checkpoint_uri=config.training.checkpoint_uri,
     )
 
@@ -53,14 +55,16 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.model import TrainingModel
+    from shellv_core.training.processes import first_on_node
 
     data, training = TrainingData.of(run.inputs["data"], "train"), run.config.training
     initial = run.work / "initial"
-    if not initial.exists():
-        model, processor = _build(run.config, data)
-        unfinished = run.work / "initial.unfinished"
-        save_model(model, processor, unfinished)
-        unfinished.rename(initial)
+    with first_on_node():
+        if not initial.exists():
+            model, processor = _build(run.config, data)
+            unfinished = run.work / "initial.unfinished"
+            save_model(model, processor, unfinished)
+            unfinished.rename(initial)
     model, processor = load_model(initial)
     heads = start_heads(run.config.hacl, model, run.config.seed)
     module = TrainingModel(model, heads, run.config.hacl)
@@ -77,12 +81,15 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         run.config.alignment,
         run.checkpoints,
     )
+    if not run.first:
+        return
+    put_report("pretrain_projector", run, module, run.config.training)
     module.to("cpu")
     save_model(model, processor, run.work / "model")
     run.output.put_tree(run.work / "model", "model")
     put_heads(heads, run)
     run.metrics.update(summary.metrics)
-    run.details["num_steps"] = summary.num_steps
+    run.details.update(num_steps=summary.num_steps, **summary.details)
 
 
 def _build(config: PretrainProjectorConfig, data: TrainingData) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -21,7 +21,15 @@ import shellv_core
 from shellv_core.config import Config, effective_values, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, check_access, delete_prefix, home
+from shellv_core.storage import (
+    InputDirectory,
+    InputReference,
+    Manifest,
+    OutputDirectory,
+    check_access,
+    delete_prefix,
+    home,
+)
 
 if TYPE_CHECKING:
     from shellv_core.tracking.runs import TrackedRun
@@ -42,7 +50,7 @@ TRAINING_CODE = (
     ),
     "models", "stages/heads.py", "templates.py", "training",
 )  # fmt: skip
-RECORDED_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "pillow", "mlflow-skinny")
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "tokenizers", "numpy", "pillow", "mlflow-skinny")
 
 
 class StageConfig(Config):
@@ -78,6 +86,7 @@ class StageRun(Generic[S]):
 
     Attributes:
         work: local scratch folder, empty at the first try; it survives a kill and goes at the commit.
+        first: whether this is the first process, the only one to write the output.
         checkpoints: address for copies of the checkpoints, which go at the commit too; None for none.
         metrics, details: filled by the body, recorded in the manifest and the result.
     """
@@ -87,14 +96,23 @@ class StageRun(Generic[S]):
     inputs: dict[str, InputDirectory]
     output: OutputDirectory
     work: Path
-    tracked: TrackedRun
+    first: bool = True
     checkpoints: str | None = None
+    tracking: TrackedRun | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record values in MLflow as they arise."""
-        self.tracked.log_metrics(metrics, step)
+        if self.tracking is not None:
+            self.tracking.log_metrics(metrics, step)
+
+    @property
+    def tracked(self) -> TrackedRun:
+        """The run in MLflow; the first process alone has one."""
+        if self.tracking is None:
+            raise RuntimeError("only the first process tracks")
+        return self.tracking
 
 
 def run_stage(
@@ -105,6 +123,8 @@ def run_stage(
     code: Sequence[str] = (),
     reuse: Callable[[Manifest], bool] = lambda committed: True,
     checkpoint_uri: str | None = None,
+    others: Mapping[str, InputReference] | None = None,
+    shared: bool = False,
 ) -> StageResult:
     """Run a stage's `body` once for its settings, inputs and code.
 
@@ -116,72 +136,111 @@ def run_stage(
         reuse: whether an output committed before still stands; stages whose effect lies outside their output look
             there, and run again where it does not.
         checkpoint_uri: see `TrainingConfig.checkpoint_uri`.
+        others: inputs that are no committed folders, by name; they count by content too.
+        shared: whether the body shares its work among the processes that torchrun started. The first one decides,
+            tracks and commits; the result comes in all.
 
     Raises:
         ShellVError: with all faults of access at once, before any work; an output left by a run that failed with
             such an error is removed.
     """
+    from shellv_core.training.processes import from_first, joined, launched
+
+    if not shared and launched().size > 1:
+        raise ConfigError(
+            f"{name} runs in one process; torchrun started {launched().size}. Only training stages share their work."
+        )
     sources = {key: uri for key, uri in (inputs or {}).items() if uri is not None}
     elsewhere = [checkpoint_uri] if checkpoint_uri and checkpoint_uri != CHECKPOINTS_BESIDE_OUTPUT else []
-    output, directories = open_stage(name, config, sources, code, elsewhere)
+    references = dict(others or {})
+    output, directories = open_stage(name, config, sources, code, references, elsewhere)
+    references |= {key: directory.reference() for key, directory in directories.items()}
     uri, identity = output.uri, output.fingerprint
     checkpoints = _checkpoint_address(checkpoint_uri, output)
-    committed = output.finished()
-    if committed and reuse(committed):
-        logger.info("%s: reusing %s", name, uri)
-        if checkpoints:
-            delete_prefix(checkpoints)  # A kill right after the commit leaves them.
-        return _result(uri, committed, reused=True)
-    output.begin(replace=committed is not None)
-    work = work_folder(name, output)
-    logger.info("%s: writing %s", name, uri)
-    from shellv_core.tracking.runs import track
-
-    tags = {"shellv.fingerprint": identity, "shellv.output_uri": uri, "shellv.library_version": shellv_core.__version__}
-    tags |= {f"shellv.input.{key}": directory.content_sha256 for key, directory in directories.items()}
-    with aborting(output), track(name, config.model_dump(mode="json"), tags) as tracked:
-        run = StageRun(config, identity, directories, output, work, tracked, checkpoints)
-        body(run)
-        tracked.log_metrics(run.metrics)
-        manifest = output.commit(
-            Manifest(
-                stage=name,
-                fingerprint=identity,
-                library_version=shellv_core.__version__,
-                config=config.model_dump(mode="json"),
-                versions=_versions(),
-                inputs={key: directory.reference() for key, directory in directories.items()},
-                metrics=run.metrics,
-                details=run.details,
-            )
-        )
-    shutil.rmtree(work, ignore_errors=True)
-    if checkpoints:
-        delete_prefix(checkpoints)
+    with joined() as launch:
+        committed = output.finished() if launch.first else None
+        reused = from_first(committed.model_dump(mode="json") if committed and reuse(committed) else None)
+        if reused:
+            logger.info("%s: reusing %s", name, uri)
+            if checkpoints and launch.first:
+                delete_prefix(checkpoints)  # A kill right after the commit leaves them.
+            return _result(uri, Manifest.model_validate(reused), reused=True)
+        work = work_folder(name, output)
+        manifest = None
+        with contextlib.ExitStack() as stack:
+            run = StageRun(config, identity, directories, output, work, launch.first, checkpoints)
+            if launch.first:
+                output.begin(replace=committed is not None)
+                logger.info("%s: writing %s", name, uri)
+                stack.enter_context(aborting(output))
+                run.tracking = stack.enter_context(_tracked(name, config, output, references))
+            body(run)
+            if launch.first:
+                run.log_metrics(run.metrics)
+                manifest = output.commit(_manifest(name, run, references))
+        # Until then the others wait: a launcher takes a process that ends for a sign that all may.
+        manifest = Manifest.model_validate(from_first(manifest and manifest.model_dump(mode="json")))
+        shutil.rmtree(work, ignore_errors=True)
+        if checkpoints and launch.first:
+            delete_prefix(checkpoints)
     return _result(uri, manifest, reused=False)
 
 
+def _tracked(
+    name: str, config: StageConfig, output: OutputDirectory, inputs: Mapping[str, InputReference]
+) -> contextlib.AbstractContextManager[TrackedRun]:
+    from shellv_core.tracking.runs import track
+
+    tags = {
+        "shellv.fingerprint": output.fingerprint,
+        "shellv.output_uri": output.uri,
+        "shellv.library_version": shellv_core.__version__,
+    }
+    tags |= {f"shellv.input.{key}": reference.content_sha256 for key, reference in inputs.items()}
+    return track(name, config.model_dump(mode="json"), tags)
+
+
+def _manifest(name: str, run: StageRun[Any], inputs: Mapping[str, InputReference]) -> Manifest:
+    return Manifest(
+        stage=name,
+        fingerprint=run.fingerprint,
+        library_version=shellv_core.__version__,
+        config=run.config.model_dump(mode="json"),
+        versions=_versions(),
+        inputs=dict(inputs),
+        metrics=run.metrics,
+        details=run.details,
+    )
+
+
 def open_stage(
-    name: str, config: StageConfig, inputs: Mapping[str, str], code: Sequence[str], others: Sequence[str] = ()
+    name: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    code: Sequence[str],
+    others: Mapping[str, InputReference] | None = None,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
     """Check access and work out the run's identity; returns its output folder, not begun, and the opened inputs.
 
     Args:
         inputs: input name -> URI of a committed folder.
-        code: see `run_stage`.
-        others: further addresses that the run writes to.
+        code, others: see `run_stage`.
+        elsewhere: further addresses that the run writes to.
 
     Raises:
         ShellVError: with all faults of access at once.
     """
     _require({"output_uri": config.output_uri, **{f"{key}_uri": uri for key, uri in inputs.items()}})
-    _check_all([config.output_uri, *inputs.values(), *others])
+    _check_all([config.output_uri, *inputs.values(), *elsewhere])
     directories = {key: InputDirectory(uri) for key, uri in inputs.items()}
-    addresses = {"output_uri", *(f"{key}_uri" for key in inputs)}
+    contents = {key: directory.content_sha256 for key, directory in directories.items()}
+    contents |= {key: reference.content_sha256 for key, reference in (others or {}).items()}
+    addresses = {"output_uri", *(f"{key}_uri" for key in contents)}
     identity = fingerprint(
         name,
         {key: value for key, value in effective_values(config).items() if key not in addresses},
-        {key: directory.content_sha256 for key, directory in directories.items()},
+        contents,
         code_digest([f"stages/{name}.py", *code]),
     )
     uri = _with_fingerprint(config.output_uri, identity)
@@ -202,7 +261,7 @@ def _with_fingerprint(uri: str, identity: str) -> str:
 def _checkpoint_address(checkpoint_uri: str | None, output: OutputDirectory) -> str | None:
     if checkpoint_uri == CHECKPOINTS_BESIDE_OUTPUT:
         # Beside, not inside: an output that failed is removed, and its last good checkpoint is not.
-        checkpoint_uri = f"{output.uri}.checkpoints/{FINGERPRINT_PLACEHOLDER}"
+        checkpoint_uri = f"{output.uri}.checkpoints-{FINGERPRINT_PLACEHOLDER}"
     return checkpoint_uri and _with_fingerprint(checkpoint_uri, output.fingerprint)
 
 

@@ -103,6 +103,22 @@ class TrackedRun:
         for key, value in tags.items():
             self.client.set_tag(self.run_id, key, value)
 
+    def log_file(self, path: Path) -> None:
+        """Keep a local file as an artifact of the run.
+
+        Raises:
+            TrackingError: if the store does not take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_artifact(self.run_id, str(path))
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"MLflow at {tracking_uri()} does not take {path.name} as an artifact ({str(error).splitlines()[0]})."
+                " Check the artifact store of its experiment."
+            ) from None
+
     def flush(self) -> None:
         """Send what is pending."""
         for start in range(0, len(self._pending), 1000):

@@ -6,7 +6,8 @@ so that conversations of similar length share a batch and little is padded. To r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,20 @@ class Batch:
         """Tokens with padding."""
         return self.input_ids.numel()
 
+    def filled(self, image_features: torch.Tensor, token_id: int, contrast: bool, preference: bool) -> Batch:
+        """With a text that teaches nothing, `image_features` and idle objectives in place of what it lacks."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        values: dict[str, Any] = {}
+        if not len(self.input_ids):
+            values |= {"input_ids": torch.full((1, 1), token_id)}
+        if self.image_features is None:
+            values |= {"image_features": image_features, "row_images": nothing, "image_positions": nothing}
+        if contrast and self.contrast is None:
+            values["contrast"] = ContrastBatch.idle(token_id)
+        if preference and self.preference is None:
+            values["preference"] = PreferenceBatch.idle(token_id)
+        return replace(self, **values)
+
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`."""
         return Batch(
@@ -78,6 +93,14 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
+def split_rows(examples: Examples, rows: np.ndarray, num_processes: int) -> list[np.ndarray]:
+    """The rows that each of several processes computes: as many each, by rising image, so that an image's are close."""
+    if num_processes == 1:
+        return [rows]
+    rows = rows[np.argsort(examples.image_index[rows], kind="stable")]
+    return np.array_split(rows, num_processes)
+
+
 def batch_images(examples: Examples, rows: np.ndarray) -> np.ndarray:
     """The images that `rows` speak of, each once, in rising order: (U,)."""
     images = np.unique(examples.image_index[rows])
@@ -94,6 +117,7 @@ def make_batch(
     turn: int = 0,
     truths: bool = False,
     preference: bool = False,
+    contrasted: np.ndarray | None = None,
 ) -> Batch:
     """Put `rows` into one batch.
 
@@ -104,6 +128,7 @@ def make_batch(
             counts up.
         truths: let the contrast have the hallucinated captions' own truths.
         preference: add pairs for the preference objective; the examples must hold answers.
+        contrasted: which of the images the contrast is of; None for all.
     """
     input_ids = examples.input_ids.padded(rows, pad_token_id)
     labels = examples.labels.padded(rows, IGNORE_INDEX)
@@ -116,6 +141,13 @@ def make_batch(
     images = batch_images(examples, rows)
     with_image = examples.image_index[rows]
     with_image = with_image[with_image != NO_IMAGE]
+    contrast = None
+    if num_hallucinated is not None:
+        chosen = images if contrasted is None else contrasted
+        contrast = make_contrast(examples, chosen, pad_token_id, num_hallucinated, turn, truths)
+        if contrast is not None:
+            rows_of_features = torch.from_numpy(np.searchsorted(images, chosen))
+            contrast = replace(contrast, images=rows_of_features[contrast.images])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         image_features=image_features,
@@ -124,9 +156,7 @@ def make_batch(
         label_positions=torch.from_numpy(label_positions),
         label_ids=torch.from_numpy(targets.reshape(-1)[label_positions]),
         num_tokens=int(examples.input_ids.lengths[rows].sum()),
-        contrast=None
-        if num_hallucinated is None
-        else make_contrast(examples, images, pad_token_id, num_hallucinated, turn, truths),
+        contrast=contrast,
         preference=make_preference(examples, images, image_token_id, pad_token_id, turn) if preference else None,
     )
 

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from shellv_core.config import Config
 from shellv_core.errors import DiskFullError, IntegrityError, ObjectNotFoundError, ShellVError, TrainingError
@@ -320,55 +319,6 @@ class Checkpoints:
         uris = open_store(self.address).list_uris(self.address)
         found = (re.fullmatch(rf"/step-(\d+)/{last}", uri.removeprefix(self.address.rstrip("/"))) for uri in uris)
         return {int(match[1]) for match in found if match}
-
-
-def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All that training changes: trainable weights, the optimizer's state, HACL's queue and torch's random state."""
-    state = {"random_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random_state_cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in _trainable(module).items():
-        state[f"weights.{name}"] = parameter.detach()
-        state |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    return state | {f"queue.{name}": buffer for name, buffer in _queue(module).items()}
-
-
-def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state of `module_state` back.
-
-    Raises:
-        TrainingError: if it is that of another model.
-    """
-    tensors, parameters, queue = checkpoint.tensors(), _trainable(module), _queue(module)
-    if {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")} != set(parameters):
-        raise TrainingError(
-            f"the checkpoint {checkpoint.directory} holds other weights than this model trains; delete it."
-        )
-    held = {name.removeprefix("queue."): tensor.shape for name, tensor in tensors.items() if name.startswith("queue.")}
-    if held != {name: buffer.shape for name, buffer in queue.items()}:
-        raise TrainingError(f"the checkpoint {checkpoint.directory} holds another queue than this run's; delete it.")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weights.{name}"])
-        for name, buffer in queue.items():
-            buffer.copy_(tensors[f"queue.{name}"])
-    for full_name, tensor in tensors.items():
-        kind, _, rest = full_name.partition(".")
-        if kind == "optimizer":
-            key, _, name = rest.partition(".")
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
-    torch.set_rng_state(tensors["random_state"])
-    if "random_state_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random_state_cuda"])
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _queue(module: nn.Module) -> dict[str, torch.Tensor]:
-    queue = getattr(module, "queue", None)
-    return dict(queue.named_buffers()) if isinstance(queue, nn.Module) else {}
 
 
 def _snapshot(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -101,12 +101,13 @@ class TrainingConfig(Config):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({
         "checkpoint_every_steps", "checkpoint_keep", "checkpoint_uri", "divergence_factor", "divergence_steps",
-        "log_every_steps",
+        "engine", "log_every_steps", "zero_stage",
     })  # fmt: skip
 
-    #: Conversations per optimizer step.
+    #: Conversations per optimizer step, of all processes together.
     global_batch_size: int = Field(default=32, ge=1)
-    #: Conversations per forward pass; smaller than the global batch, gradients accumulate. None: all at once.
+    #: Conversations per forward pass of a process; gradients accumulate until the global batch is reached. None: a
+    #: process's share of it at once.
     micro_batch_size: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=1.0, gt=0.0)
     #: Stop after this many optimizer steps instead of after `epochs`; the schedule ends there too.
@@ -145,6 +146,12 @@ class TrainingConfig(Config):
     pack_workers: int = Field(default=2, ge=1)
     #: With packing: positions whose logits exist at a time.
     loss_chunk: int = Field(default=1024, ge=1)
+    #: ddp: every process holds the whole model; with one process, plain training. deepspeed: ZeRO.
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    #: With deepspeed: what processes share among them. 1: the optimizer's state; 2: gradients too; 3: weights as well.
+    zero_stage: Literal[1, 2, 3] | None = None
+    #: Refuse to start where the estimate of memory says that it cannot fit; false only warns.
+    check_memory: bool = True
     checkpoint_every_steps: int = Field(default=200, ge=1)
     #: Newest checkpoints that are kept.
     checkpoint_keep: int = Field(default=2, ge=1)
@@ -161,6 +168,10 @@ class TrainingConfig(Config):
     def _check(self) -> TrainingConfig:
         if not self.trainable:
             raise ValueError("trainable is empty; name projector, language_model or both")
+        if self.engine == "deepspeed" and self.zero_stage is None:
+            raise ValueError("engine=deepspeed needs zero_stage: 1, 2 or 3")
+        if self.engine == "ddp" and self.zero_stage is not None:
+            raise ValueError(f"zero_stage={self.zero_stage} has no effect with engine=ddp; give engine=deepspeed")
         if self.checkpoint_uri not in (None, "output") and "{fingerprint}" not in str(self.checkpoint_uri):
             raise ValueError(
                 f"checkpoint_uri={self.checkpoint_uri!r} would be one folder for all runs; put {{fingerprint}} into it,"

@@ -31,6 +31,22 @@ def chunked_cross_entropy(
     return result
 
 
+class LabelLoss(nn.Module):
+    """`chunked_cross_entropy` as a module, so that an engine that shards weights knows when the head's are read.
+
+    Args:
+        lm_head: belongs to another module.
+    """
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self._lm_head = (lm_head,)  # A tuple, so that it is no module of this one.
+
+    def forward(self, hidden_LH: torch.Tensor, label_ids_L: torch.Tensor, chunk_size: int) -> torch.Tensor:
+        """See `chunked_cross_entropy`."""
+        return chunked_cross_entropy(hidden_LH, self._lm_head[0], label_ids_L, chunk_size)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

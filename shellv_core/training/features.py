@@ -62,10 +62,13 @@ class LiveFeatures:
         self.path, self.model, self.processor = path, model, processor
         self.offsets = [0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        with unfinished.open("wb") as file:
             for image in images:
                 file.write(image)
                 self.offsets.append(self.offsets[-1] + len(image))
+        # Several processes may have the same file.
+        unfinished.replace(path)
 
     def gather(self, images: np.ndarray) -> torch.Tensor:
         """See `ImageFeatures`."""

@@ -24,9 +24,11 @@ from shellv_core.training.config import AlignmentConfig, TrainingConfig
 from shellv_core.training.examples import Examples, image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, ImageFeatures, LiveFeatures, cached_features
 from shellv_core.training.loop import TrainingSummary, train, train_from
+from shellv_core.training.memory import check_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
 from shellv_core.training.parts import describe_parts
+from shellv_core.training.processes import alone, first_on_node, num_processes
 from shellv_core.training.runtime import runtime
 
 logger = get_logger(__name__)
@@ -70,6 +72,8 @@ def fit(
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
+    Called by all processes; afterwards the module is whole in the first one.
+
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
         work: local folder that survives a kill.
@@ -81,16 +85,32 @@ def fit(
     aligned: dict[str, float] = {}
     with runtime(module.model, config):
         if alignment or not config.packing:
-            examples, features = _load(module, processor, data, config, work)
+            with first_on_node():
+                examples, features = _load(module, processor, data, config, work)
         if alignment:
-            aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
+            with first_on_node():
+                aligned = _align(module, examples, features, alignment, seed, work / "aligned.safetensors", log)
         checkpoints = work / "checkpoints"
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+                _check_memory(module, config, pack=feed.largest_pack())
                 summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
         else:
+            _check_memory(module, config, examples)
             summary = train(module, examples, features, config, seed, checkpoints, log, description, checkpoint_address)
-    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics})
+    return TrainingSummary(summary.num_steps, {**aligned, **summary.metrics}, summary.details)
+
+
+def _check_memory(
+    module: TrainingModel,
+    config: TrainingConfig,
+    examples: Examples | None = None,
+    pack: tuple[int, int] | None = None,
+) -> None:
+    devices = num_processes()
+    # It makes a pass of the model, which is none of those that processes make together.
+    with alone():
+        check_memory(module, config, examples, pack, devices, config.zero_stage or 0)
 
 
 def _load(

@@ -10,18 +10,18 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from shellv_core.config import effective_values, fingerprint
-from shellv_core.errors import Preempted, TrainingError
+from shellv_core.errors import Preempted
 from shellv_core.logs import get_logger
 from shellv_core.models.compose import projector_layers
+from shellv_core.models.hacl import within_range
 from shellv_core.progress import Progress
 from shellv_core.training.batches import (
     Batch,
@@ -29,24 +29,60 @@ from shellv_core.training.batches import (
     count_label_tokens,
     make_batch,
     plan_epoch,
+    split_rows,
     steps_per_epoch,
 )
-from shellv_core.training.checkpoints import Checkpoints, module_state, restore
+from shellv_core.training.checkpoints import Checkpoints
 from shellv_core.training.config import HaclConfig, TrainingConfig
 from shellv_core.training.divergence import DivergenceGuard
+from shellv_core.training.engines import Engine, make_engine
 from shellv_core.training.examples import TYPES, Examples
 from shellv_core.training.features import ImageFeatures
 from shellv_core.training.flops import FlopFormula
+from shellv_core.training.history import HISTORY_NAME, History
 from shellv_core.training.losses.hacl import ContrastResult
 from shellv_core.training.losses.preference import PreferenceResult
 from shellv_core.training.losses.schedule import weight_factor
 from shellv_core.training.meter import SUMMARY_STEPS, Meter
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow
-from shellv_core.training.parts import PartName, learning_rates, part_of
 from shellv_core.training.preemption import should_stop, stop_requests
+from shellv_core.training.processes import from_first, means, num_processes, rank, sums
+from shellv_core.training.state import restore, run_state
 
 logger = get_logger(__name__)
+#: Every metric of a step.
+METRICS = (
+    "generation_loss",
+    "image_to_text_loss",
+    "text_to_image_loss",
+    "retrieval_accuracy",
+    "hallucination_margin",
+    "hallucination_accuracy",
+    "truth_loss",
+    "text_margin_loss",
+    "preference_loss",
+    "preference_image_loss",
+    "preference_anchor_loss",
+    "reward_margin",
+    "image_reward_margin",
+    "preference_accuracy",
+    "loss",
+)
+
+
+class Part(NamedTuple):
+    """One forward pass of this process.
+
+    Attributes:
+        share: of what is contrasted in this pass, in all processes where they gather it, in the step's.
+        own_share: of this process's conversations in the step's, times the number of processes, so that the mean over
+            processes of what is so weighted is the step's.
+    """
+
+    batch: Batch | PackedRow
+    share: float
+    own_share: float
 
 
 @dataclass(frozen=True)
@@ -54,11 +90,13 @@ class StepData:
     """What one optimizer step learns from.
 
     Attributes:
-        parts: its forward passes, made as they are taken, and each one's share in the means of the contrastive losses.
-        num_labels: tokens that all of them together learn.
+        parts: this process's forward passes, made as they are taken; all processes have as many.
+        num_parts: how many.
+        num_labels: tokens that all of them together learn, in all processes.
     """
 
-    parts: Iterable[tuple[Batch | PackedRow, float]]
+    parts: Iterable[Part]
+    num_parts: int
     num_labels: int
 
 
@@ -88,14 +126,16 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a run went; rates count this process only, not what an earlier one did before a kill.
+    """How a run went; rates count all processes, but not what earlier ones did before a kill.
 
     Attributes:
         metrics: losses (means over the last 50 steps) and what `meter.Meter.rates` gives.
+        details: the engine in use; see `Engine`.
     """
 
     num_steps: int
     metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -141,42 +181,48 @@ def train_from(
         TrainingError: if the loss is not finite or explodes, nothing is trainable, or the checkpoint is another run's.
         Preempted: after a signal that asked to stop, with a checkpoint of the last step.
     """
-    torch.manual_seed(seed)
-    optimizer = build_optimizer(module, config)
+    # Each process has a dropout of its own.
+    torch.manual_seed(seed + rank())
+    tower_runs = config.packing or not config.cache_features
+    formula = FlopFormula(module, tower_runs)
+    engine = make_engine(module, config)
     total = feed.total
-    values = effective_values(config)
-    identity = fingerprint(values, module.hacl, module.preference, seed, total, feed.identity)
+    identity = fingerprint(effective_values(config), module.hacl, module.preference, seed, total, feed.identity)
     checkpoints = Checkpoints(checkpoint_directory, checkpoint_address, identity, config.checkpoint_keep)
     with stop_requests() as request, checkpoints:
-        found = checkpoints.latest()
-        first = step = found.step if found else 0
-        if found:
-            restore(found, module, optimizer)
+        found = checkpoints.latest() if rank() == 0 else None
+        first, meta = from_first([found.step, found.meta] if found else [0, {"position": None, "recent_losses": []}])
+        step = first
+        if first:
+            restore(found, module, engine, seed, first)
             logger.info("%s: going on from step %d of %d", description, first, total)
-        meta = found.meta if found else {"position": None, "recent_losses": []}
         text_config: Any = module.model.config.text_config
         guard = DivergenceGuard(config, text_config.vocab_size, checkpoints, meta["recent_losses"])
         module.train()
-        tower_runs = config.packing or not config.cache_features
-        meter = Meter(module.model.device, FlopFormula(module, tower_runs))
+        meter = Meter(module.model.device, formula, num_processes())
+        highest_rate = max(getattr(config, f"{part}_learning_rate") for part in config.trainable)
+        history = History(checkpoint_directory / HISTORY_NAME, first) if rank() == 0 else None
         last_log = first
         rates: dict[str, float] = {}
         with feed.attention(), Progress(total, description, "steps", initial=first) as counter:
             for step, data in enumerate(feed.steps(first, meta["position"]), start=first + 1):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * learning_rate_factor(step, total, config.warmup_ratio)
-                meter.add(_step(module, data, config, optimizer, step, total, meter, guard))
+                rate_factor = learning_rate_factor(step, total, config.warmup_ratio)
+                meter.add(_step(module, data, engine, rate_factor, step, total, meter, guard))
                 rates = meter.rates(feed.seconds_waited())
                 counter.update(1, loss=meter.recent[-1]["loss"], **rates)
                 if step % config.log_every_steps == 0 or step == total:
-                    log({**meter.losses(step - last_log), **rates}, step)
+                    values = {**meter.losses(step - last_log), **rates, "learning_rate": highest_rate * rate_factor}
+                    if history is not None:
+                        history.add(step, values)
+                    log(values, step)
                     last_log = step
                 stop = should_stop(bool(request.signal))
                 due = step % config.checkpoint_every_steps == 0 and not guard.suspicious
                 if due or stop or step == total:
-                    state = module_state(module, optimizer)
+                    state = run_state(module, engine)
                     guard.check_state(step, state)
-                    checkpoints.save(step, state, {"position": feed.position(), "recent_losses": guard.recent})
+                    if rank() == 0:
+                        checkpoints.save(step, state, {"position": feed.position(), "recent_losses": guard.recent})
                 if stop:
                     break
         checkpoints.wait()
@@ -185,7 +231,8 @@ def train_from(
                 f"stopped at step {step} by {request.signal or 'a signal'}; run the same command again to go on"
             )
     module.eval()
-    return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates})
+    engine.close()
+    return TrainingSummary(total, {**meter.losses(SUMMARY_STEPS), **rates}, engine.details)
 
 
 def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
@@ -203,29 +250,6 @@ def set_trainable(module: TrainingModel, config: TrainingConfig) -> None:
         module.heads.requires_grad_(True)
 
 
-def build_optimizer(module: TrainingModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with one learning rate per part; vectors (norms, biases) and the temperature do not decay.
-
-    Raises:
-        TrainingError: if nothing is trainable.
-    """
-    rates = learning_rates(module, config)
-    groups: dict[tuple[PartName, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
-    if not groups:
-        raise TrainingError(f"nothing is trainable with training.trainable={config.trainable!r}.")
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "base_lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
-            for (part, decays), parameters in groups.items()
-        ],
-        betas=(0.9, config.adam_beta2),
-        fused=True,
-    )
-
-
 def total_steps(num_rows: int, config: TrainingConfig) -> int:
     """Optimizer steps of a run."""
     if config.max_steps is not None:
@@ -241,16 +265,11 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(total - warmup, 1)))
 
 
-def precision(autocast: bool, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The context of a forward pass: bfloat16 autocast, or none."""
-    return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-
-
 def _step(
     module: TrainingModel,
     data: StepData,
-    config: TrainingConfig,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    rate_factor: float,
     step: int,
     total: int,
     meter: Meter,
@@ -261,35 +280,40 @@ def _step(
     contrast_weight = hacl.weight * weight_factor(step, total, hacl.weight_schedule, hacl.weight_warmup_ratio)
     totals: dict[str, float] = {}
     margins = np.zeros((2, len(TYPES)))
-    optimizer.zero_grad(set_to_none=True)
-    for batch, share in data.parts:
-        with precision(config.precision == "bf16", device):
-            output = module(batch.to(device))
-        losses = {"generation_loss": output.generation_loss_sum / max(data.num_labels, 1)}
-        loss = losses["generation_loss"]
-        if output.contrast is not None:
-            loss = loss + contrast_weight * share * output.contrast.objective(
-                hacl.truth_weight, hacl.text_margin_weight
-            )
-            losses |= {key: share * value for key, value in _contrast_metrics(output.contrast, hacl).items()}
-            margins += [output.contrast.margin_sums.tolist(), output.contrast.margin_counts.tolist()]
-        if output.preference is not None:
-            preference = module.preference
-            objective = output.preference.objective(preference.image_weight, preference.anchor_weight)
-            loss = loss + preference.weight * share * objective
-            losses |= {key: share * value for key, value in _preference_metrics(output.preference).items()}
-        loss.backward()
+    counts = np.zeros(4)
+    # The engine takes the mean over processes; this loss is a sum.
+    generation_scale = num_processes() / max(data.num_labels, 1)
+    for number, (batch, share, own_share) in enumerate(data.parts, start=1):
+        counts += meter.counts(batch)
+        with engine.micro_step(last=number == data.num_parts):
+            output = engine.forward(batch.to(device))
+            losses = {"generation_loss": output.generation_loss_sum * generation_scale}
+            loss = losses["generation_loss"]
+            if output.contrast is not None and output.features is not None:
+                loss = loss + contrast_weight * share * output.contrast.objective(
+                    hacl.truth_weight, hacl.text_margin_weight
+                )
+                if output.features.valid.any():
+                    losses |= {key: share * value for key, value in _contrast_metrics(output.contrast, hacl).items()}
+                    margins += [output.contrast.margin_sums.tolist(), output.contrast.margin_counts.tolist()]
+            if output.preference is not None:
+                preference = module.preference
+                objective = output.preference.objective(preference.image_weight, preference.anchor_weight)
+                loss = loss + preference.weight * own_share * objective
+                losses |= {key: own_share * value for key, value in _preference_metrics(output.preference).items()}
+            engine.backward(loss)
         module.remember(output)
         losses["loss"] = loss
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
-        meter.count(*meter.counts(batch))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    totals["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    totals = means(totals, METRICS)
+    meter.count(*sums(counts.tolist()))
+    margins = np.reshape(sums(margins.flatten().tolist()), margins.shape)
+    totals["gradient_norm"] = engine.gradient_norm()
     guard.check(step, totals)
-    optimizer.step()
+    engine.step(rate_factor)
     if module.heads is not None:
-        module.heads.clamp_temperature()
+        engine.change(module.heads.temperature, within_range)
         totals["temperature"] = float(module.heads.temperature.detach())
     if module.queue is not None:
         totals["queue_fill"] = module.queue.fill()
@@ -347,7 +371,9 @@ class PaddedFeed:
             start = epoch * per_epoch
             for step in range(max(first - start, 0), min(self.total - start, per_epoch)):
                 rows = batches[step]
-                yield StepData(self._parts(rows, start + step + 1), count_label_tokens(self.examples, rows))
+                pieces = self._pieces(rows)
+                parts = self._parts(pieces, len(rows), start + step + 1)
+                yield StepData(parts, len(pieces), count_label_tokens(self.examples, rows))
 
     def position(self) -> None:
         """See `Feed`."""
@@ -367,14 +393,27 @@ class PaddedFeed:
         finally:
             language_model.set_attn_implementation(usual)
 
-    def _parts(self, rows: np.ndarray, turn: int) -> Iterator[tuple[Batch, float]]:
-        size = self.config.micro_batch_size or len(rows)
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield self._batch(part, turn), len(part) / len(rows)
+    def _pieces(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows of a step, cut into what all processes together compute at a time."""
+        size = self.config.micro_batch_size * num_processes() if self.config.micro_batch_size else len(rows)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def _batch(self, rows: np.ndarray, turn: int) -> Batch:
-        module, images = self.module, batch_images(self.examples, rows)
+    def _parts(self, pieces: list[np.ndarray], num_rows: int, turn: int) -> Iterator[Part]:
+        count, mine = num_processes(), rank()
+        for piece in pieces:
+            split = split_rows(self.examples, piece, count)
+            own_share = count * len(split[mine]) / num_rows
+            share = len(piece) / num_rows if self.module.hacl.gather else own_share
+            yield Part(self._batch(split, turn), share, own_share)
+
+    def _batch(self, split: list[np.ndarray], turn: int) -> Batch:
+        module, mine = self.module, rank()
+        rows = split[mine]
+        images = batch_images(self.examples, rows)
+        contrasted = images
+        if module.hacl.gather and mine:
+            # An image counts once, though conversations about it are in several processes.
+            contrasted = np.setdiff1d(images, batch_images(self.examples, np.concatenate(split[:mine])))
         return make_batch(
             self.examples,
             rows,
@@ -385,4 +424,5 @@ class PaddedFeed:
             turn,
             module.hacl.truth_weight > 0,
             module.preference.weight > 0,
+            contrasted,
         )

@@ -16,16 +16,19 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
+from shellv_core.models.compose import num_image_tokens
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import without_adapters
 from shellv_core.training.batches import Batch
 from shellv_core.training.config import HaclConfig, PreferenceConfig
-from shellv_core.training.losses.gather import gather_features, num_ranks
+from shellv_core.training.cross_entropy import LabelLoss
+from shellv_core.training.losses.gather import gather_features
 from shellv_core.training.losses.hacl import ContrastFeatures, ContrastResult, contrastive_loss
 from shellv_core.training.losses.preference import AnswerLogProbabilities, PreferenceResult, preference_loss
 from shellv_core.training.losses.queue import NegativeQueue
 from shellv_core.training.packed import PackedRow, forward_packed
 from shellv_core.training.pairs import ContrastBatch, ContrastStates, PreferenceBatch
+from shellv_core.training.processes import num_processes
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,37 @@ class TrainingModel(nn.Module):
             self.queue = NegativeQueue(self.hacl.queue_size, heads.output_size)
         eos_token_id = model.generation_config.eos_token_id
         self.eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        self.label_loss = LabelLoss(model.lm_head)
 
     def forward(self, batch: Batch | PackedRow) -> StepOutput:
-        """See `Batch` and `PackedRow` for the shapes."""
+        """See `Batch` and `PackedRow` for the shapes.
+
+        With several processes, each runs the same modules in the same order, whatever its batch lacks: engines
+        exchange weights and gradients as they run.
+        """
+        idle_preference = num_processes() > 1 and getattr(batch, "preference", None) is None
+        if num_processes() > 1:
+            batch = self._filled(batch)
         preference = None
         if isinstance(batch, PackedRow):
-            loss, states = forward_packed(self.model, batch)
+            loss, states = forward_packed(self.model, batch, self.label_loss)
         else:
             loss, states, preference = self._forward_padded(batch)
+        if preference is not None and idle_preference:
+            loss, preference = loss + 0 * preference.objective(1.0, 1.0), None
         contrast, features = None, None
         if self.heads is not None:
             contrast, features = self._contrast(self.heads, states, batch.contrast)
         return StepOutput(loss, contrast, features, preference)
+
+    def _filled(self, batch: Batch | PackedRow) -> Batch | PackedRow:
+        model, device = self.model, batch.input_ids.device
+        width = model.model.multi_modal_projector.linear_1.in_features
+        image = torch.zeros(1, num_image_tokens(model), width, dtype=model.dtype)
+        has_heads = self.heads is not None
+        if isinstance(batch, PackedRow):
+            return batch.filled(image, self.eos_token_id, has_heads).to(device)
+        return batch.filled(image, self.eos_token_id, has_heads, self.preference.weight > 0).to(device)
 
     def _forward_padded(self, batch: Batch) -> tuple[torch.Tensor, ContrastStates | None, PreferenceResult | None]:
         images_UNH = _project(self.model, batch.image_features)
@@ -110,24 +132,16 @@ class TrainingModel(nn.Module):
     def _contrast(
         self, heads: HaclHeads, states: ContrastStates | None, batch: ContrastBatch | None
     ) -> tuple[ContrastResult | None, ContrastFeatures | None]:
-        ranks = num_ranks() if self.hacl.gather else 1
+        ranks = num_processes() if self.hacl.gather else 1
         rows = None
-        if batch is not None and states is not None:
-            features = _contrast_features(heads, states, batch)
-        elif ranks > 1:
-            # Without an image of its own, this process still takes part in what the others gather.
-            nothing = heads.temperature.new_zeros(0, heads.hidden_size)
-            image, text = heads.embed_images(nothing), heads.embed_texts(nothing)
-            features = ContrastFeatures.of(image, text, text.view(0, 0, heads.output_size))
-        else:
+        if batch is None or states is None:
             return None, None
+        features = _contrast_features(heads, states, batch)
         if ranks > 1:
             features, rows = gather_features(features)
-            if not len(features.image):
-                return None, None
         result = contrastive_loss(
             features,
-            heads.temperature,
+            heads(),
             self.hacl.negatives,
             None if self.queue is None else self.queue.contents(),
             self.hacl.text_margin,
@@ -183,7 +197,8 @@ def _project(model: LlavaForConditionalGeneration, features: torch.Tensor | None
     """Vision features (U, num_image_tokens, vision hidden size) as the language model reads them."""
     if features is None:
         return None
-    dtype = model.get_input_embeddings().get_parameter("weight").dtype
+    # Read by the iterator: under ZeRO-3, to name a weight is to fetch it.
+    dtype = next(model.get_input_embeddings().parameters()).dtype
     return model.model.multi_modal_projector(features.to(dtype)).to(dtype)
 
 
@@ -221,6 +236,7 @@ def _contrast_features(heads: HaclHeads, states: ContrastStates, batch: Contrast
         heads.embed_images(states.images),
         texts[:num_images],
         texts[num_images : num_images + num_lies].view(shape),
+        valid=batch.valid,
         hallucinated_valid=batch.hallucinated_valid,
         caption_group=batch.caption_groups,
         hallucinated_group=batch.hallucinated_groups,

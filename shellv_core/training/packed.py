@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.data.loader import NO_IMAGE, PackedBatch
 from shellv_core.errors import TrainingError
 from shellv_core.training.attention import ATTENTION_NAME, Documents
-from shellv_core.training.cross_entropy import chunked_cross_entropy
+from shellv_core.training.cross_entropy import LabelLoss
 from shellv_core.training.examples import TYPES, Examples, Ragged, encode_texts, text_groups
 from shellv_core.training.pairs import ContrastBatch, ContrastStates, make_contrast
 
@@ -74,6 +74,30 @@ class PackedRow:
     num_slots: int
     contrast: ContrastBatch | None = None
     readouts: ReadoutPositions | None = None
+
+    @classmethod
+    def idle(cls, token_id: int) -> PackedRow:
+        """A text of one token that teaches nothing."""
+        nothing, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        documents = Documents((0, 1))
+        return cls(zero + token_id, zero, documents, None, nothing, nothing, nothing, nothing, 1, 0, 0, 0)
+
+    def filled(self, image_features: torch.Tensor, token_id: int, contrast: bool) -> PackedRow:
+        """With `image_features` and an idle contrast in place of what it lacks."""
+        values: dict[str, Any] = {}
+        if self.image_features is None:
+            values["image_features"] = image_features
+        if contrast and self.contrast is None:
+            # A text of one token, and a readout that sees the row's first.
+            end = self.documents.borders[-1]
+            values |= {
+                "input_ids": torch.cat([self.input_ids, torch.full((2,), token_id)]),
+                "position_ids": torch.cat([self.position_ids, torch.tensor([0, 1])]),
+                "documents": Documents((*self.documents.borders, end + 1), ((0, 1),)),
+                "contrast": ContrastBatch.idle(token_id),
+                "readouts": ReadoutPositions(images=torch.tensor([end + 1]), texts=torch.tensor([end])),
+            }
+        return replace(self, **values)
 
     def to(self, device: torch.device) -> PackedRow:
         """Copy to `device`."""
@@ -174,8 +198,13 @@ def pack_contrast(
     return make_contrast(examples, np.arange(len(captions)), 0, num_hallucinated, turn, truths)
 
 
-def forward_packed(model: LlavaForConditionalGeneration, row: PackedRow) -> tuple[torch.Tensor, ContrastStates | None]:
+def forward_packed(
+    model: LlavaForConditionalGeneration, row: PackedRow, label_loss: LabelLoss | None = None
+) -> tuple[torch.Tensor, ContrastStates | None]:
     """The sum of the generation loss over the row's labels, and the states of its contrast.
+
+    Args:
+        label_loss: over the model's head; made here without it.
 
     Raises:
         TrainingError: outside of `attention.documents_apart`.
@@ -198,7 +227,8 @@ def forward_packed(model: LlavaForConditionalGeneration, row: PackedRow) -> tupl
         documents=row.documents,
         use_cache=False,
     ).last_hidden_state[0]
-    loss = chunked_cross_entropy(hidden_NH[row.label_positions], model.lm_head, row.label_ids, row.loss_chunk)
+    label_loss = label_loss or LabelLoss(model.lm_head)
+    loss = label_loss(hidden_NH[row.label_positions], row.label_ids, row.loss_chunk)
     if row.readouts is None:
         return loss, None
     return loss, ContrastStates(hidden_NH[row.readouts.images], hidden_NH[row.readouts.texts])

@@ -19,16 +19,21 @@ from shellv_core.data.lengths import conversation_lengths
 from shellv_core.data.loader import PackedBatch, PackedLoader, Source
 from shellv_core.data.reader import SplitReader
 from shellv_core.errors import ConfigError
+from shellv_core.logs import get_logger
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.storage import InputDirectory
 from shellv_core.templates import template_of
 from shellv_core.training.attention import documents_apart
 from shellv_core.training.config import TrainingConfig
+from shellv_core.training.engines.base import precision
 from shellv_core.training.features import tower_features
-from shellv_core.training.loop import StepData, precision
+from shellv_core.training.loop import Part, StepData
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row, pack_contrast
 from shellv_core.training.pairs import ContrastBatch
+from shellv_core.training.processes import first_on_node, num_processes, rank, sums
+
+logger = get_logger(__name__)
 
 
 class PackedFeed:
@@ -52,9 +57,13 @@ class PackedFeed:
             with contextlib.closing(iter(self.loader)) as steps:
                 for packs in steps:
                     step += 1
-                    yield StepData(self._parts(packs, step), sum(map(_num_labels, packs)))
+                    yield self._step(packs, step)
                     if step == self.total:
                         break
+
+    def largest_pack(self) -> tuple[int, int]:
+        """Tokens of a full pack, and the most pictures that one of the run's has in the first epoch."""
+        return self.loader.max_length, self.loader.most_images(self.total)
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""
@@ -68,7 +77,7 @@ class PackedFeed:
         """See `Feed`."""
         return documents_apart(self.module.model.model.language_model)
 
-    def _parts(self, packs: list[PackedBatch], turn: int) -> Iterator[tuple[PackedRow, float]]:
+    def _step(self, packs: list[PackedBatch], turn: int) -> StepData:
         contrasts: list[ContrastBatch | None] = [None] * len(packs)
         if self.module.heads is not None:
             hacl, tokenizer = self.module.hacl, self.processor.tokenizer
@@ -76,8 +85,35 @@ class PackedFeed:
                 pack_contrast(pack, tokenizer, hacl.num_hallucinated, turn, hacl.truth_weight > 0) for pack in packs
             ]
         counts = [0 if contrast is None else len(contrast.images) for contrast in contrasts]
-        for pack, contrast, count in zip(packs, contrasts, counts, strict=True):
-            yield self._row(pack, contrast), count / max(sum(counts), 1)
+        # An epoch's last step may have fewer packs than others, and some processes none.
+        most = -(-self.loader.global_batch // self.loader.world_size)
+        missing = [0] * (most - len(packs))
+        num_labels, *totals = sums([sum(map(_num_labels, packs)), *counts, *missing, *([1] * len(packs)), *missing])
+        num_parts = sum(total > 0 for total in totals[most:])
+        parts = self._parts(packs, contrasts, counts, totals[:num_parts], sum(totals[:most]))
+        return StepData(parts, num_parts, int(num_labels))
+
+    def _parts(
+        self,
+        packs: list[PackedBatch],
+        contrasts: list[ContrastBatch | None],
+        counts: list[int],
+        totals: list[float],
+        total: float,
+    ) -> Iterator[Part]:
+        """Rows of the packs.
+
+        Args:
+            counts: images in contrast, of each pack.
+            totals: the same, of each pass in all processes.
+            total: of the step.
+        """
+        for number, together in enumerate(totals):
+            has = number < len(packs)
+            row = self._row(packs[number], contrasts[number]) if has else PackedRow.idle(self.module.eos_token_id)
+            own_share = num_processes() * (counts[number] if has else 0) / max(total, 1)
+            share = together / max(total, 1) if self.module.hacl.gather else own_share
+            yield Part(row, share, own_share)
 
     def _row(self, pack: PackedBatch, contrast: ContrastBatch | None) -> PackedRow:
         model = self.module.model
@@ -128,8 +164,14 @@ def packed_feed(
     image_processor = processor.image_processor
     tower_config: Any = module.model.config.vision_config
     with SplitReader(source, split) as reader:
-        lengths = conversation_lengths(reader, encoder).with_images(num_image_tokens(module.model))
+        with first_on_node():
+            lengths = conversation_lengths(reader, encoder).with_images(num_image_tokens(module.model))
         pack_tokens, packs_per_step = pack_sizes(lengths, config)
+        if idle := -packs_per_step % num_processes():
+            logger.warning(
+                f"a step has {packs_per_step} packs for {num_processes()} processes, {idle} of which are idle in its"
+                " last pass; smaller training.pack_tokens or another training.global_batch_size may use them."
+            )
         loader = PackedLoader(
             [Source(reader)],
             encoder,
@@ -140,6 +182,8 @@ def packed_feed(
             max_document_length=config.max_length,
             global_batch=packs_per_step,
             seed=seed,
+            rank=rank(),
+            world_size=num_processes(),
             num_workers=config.pack_workers,
             too_long="cut",
         )

@@ -7,6 +7,7 @@ length and never searched for: padding may have the id of the end-of-text token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class ContrastBatch:
         truth_slots: (U,) the slot of the P * K that a truth belongs to.
         caption_groups: (P,).
         hallucinated_groups, hallucinated_types, hallucinated_valid, truth_groups, truth_valid: (P, K).
+        valid: (P,) bool, False for what is there only so that all processes compute the same; None: all are.
     """
 
     images: torch.Tensor
@@ -37,10 +39,32 @@ class ContrastBatch:
     hallucinated_valid: torch.Tensor
     truth_groups: torch.Tensor
     truth_valid: torch.Tensor
+    valid: torch.Tensor | None = None
+
+    @classmethod
+    def idle(cls, token_id: int) -> ContrastBatch:
+        """One image, the batch's first, and a text of one token; neither counts."""
+        none = torch.zeros(1, 0, dtype=torch.int64)
+        return cls(
+            images=torch.zeros(1, dtype=torch.int64),
+            text_ids=torch.full((1, 1), token_id),
+            text_ends=torch.zeros(1, dtype=torch.int64),
+            truth_slots=none[0],
+            caption_groups=torch.zeros(1, dtype=torch.int64),
+            hallucinated_groups=none,
+            hallucinated_types=none,
+            hallucinated_valid=none.bool(),
+            truth_groups=none,
+            truth_valid=none.bool(),
+            valid=torch.zeros(1, dtype=torch.bool),
+        )
 
     def to(self, device: torch.device) -> ContrastBatch:
         """Copy to `device`."""
-        return ContrastBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        values: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return ContrastBatch(**values)
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,12 @@ class PreferenceBatch:
     label_ids: torch.Tensor
     label_rows: torch.Tensor
     elsewhere: torch.Tensor
+
+    @classmethod
+    def idle(cls, token_id: int) -> PreferenceBatch:
+        """One pair of texts of one token, of which nothing counts."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.full((2, 1), token_id), none, none, none, none, none, none)
 
     @property
     def num_pairs(self) -> int:

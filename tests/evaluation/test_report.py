@@ -1,7 +1,7 @@
 import pytest
 
-from shellv_core.evaluation.chair import Chair
-from shellv_core.evaluation.charts import Bar, Series, bar_chart
+from shellv_core.charts import Bar, Series, bar_chart
+from shellv_core.evaluation.benchmarks.chair import Chair
 from shellv_core.evaluation.report import Span, highlight, summarize
 from shellv_core.evaluation.yes_no import score_yes_no
 

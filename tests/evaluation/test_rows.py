@@ -51,7 +51,7 @@ def test_answers_are_indexed_by_id_as_text():
             [{"question_id": 1, "text": "a"}, {"question_id": "1", "text": "b"}],
             "row 2: question_id '1' is answered twice",
         ),
-        ([{"question_id": 1, "text": None}], "needs a string under 'text' or 'answer', got None"),
+        ([{"question_id": 1, "text": None}], "needs a string under 'text', 'answer' or 'response', got None"),
     ],
 )
 def test_answers_that_cannot_be_joined(rows, message):

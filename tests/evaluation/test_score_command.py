@@ -6,7 +6,7 @@ import time
 import pytest
 
 from shellv_core.cli import main
-from tests.evaluation.test_hal_eval import item
+from tests.evaluation.benchmarks.test_hal_eval import item
 
 
 def write_rows(path, rows):
@@ -54,7 +54,7 @@ def test_hal_eval(tmp_path, capsys):
 
 def test_faults_are_one_paragraph(pope_files, tmp_path, capsys):
     questions, _ = pope_files
-    answers = write_rows(tmp_path / "b.jsonl", [{"question": "?", "answer": "yes"}])
+    answers = write_rows(tmp_path / "b.jsonl", [{"image": "a.jpg", "answer": "yes"}])
     assert main(["score", "pope", "--questions", questions, "--answers", answers]) == 1
     assert "no 'question_id'" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from shellv_core.errors import ModelError
 from shellv_core.models.compose import load_model, save_model
 from shellv_core.models.config import LoraConfig
-from shellv_core.models.hacl import HaclHeads, load_heads, save_heads
+from shellv_core.models.hacl import HaclHeads, load_heads, save_heads, within_range
 from shellv_core.models.lora import add_lora, load_adapter, merge_adapter, save_adapter
 from tests.training.tiny import CLIP, EFFICIENTNET, LANGUAGE_MODEL, tiny_model
 
@@ -20,12 +20,12 @@ def batch(model):
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)}
 
 
-def trained_adapter(tmp_path, vision_tower=EFFICIENTNET, language_model=LANGUAGE_MODEL):
+def trained_adapter(tmp_path, vision_tower=EFFICIENTNET, language_model=LANGUAGE_MODEL, dora=False):
     """A base model directory, an adapter directory with random weights, and the adapter's logits."""
     model, processor = tiny_model(vision_tower, language_model)
     save_model(model, processor, tmp_path / "base")
     base_logits = model(**batch(model)).logits
-    adapted = add_lora(model, LoraConfig(r=4, alpha=8))
+    adapted = add_lora(model, LoraConfig(r=4, alpha=8, dora=dora))
     assert torch.equal(adapted(**batch(model)).logits, base_logits)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -39,12 +39,14 @@ def trained_adapter(tmp_path, vision_tower=EFFICIENTNET, language_model=LANGUAGE
 
 
 @pytest.mark.parametrize(
-    ("vision_tower", "language_model"),
-    [(EFFICIENTNET, LANGUAGE_MODEL), (CLIP, LLAMA), (EFFICIENTNET, TIED)],
-    ids=["efficientnet-starcoder2", "clip-llama", "tied"],
+    ("vision_tower", "language_model", "dora"),
+    [(EFFICIENTNET, LANGUAGE_MODEL, False), (CLIP, LLAMA, False), (EFFICIENTNET, TIED, False), (CLIP, LLAMA, True)],
+    ids=["efficientnet-starcoder2", "clip-llama", "tied", "dora"],
 )
-def test_merged_logits_equal_the_adapters(tmp_path, vision_tower, language_model):
-    logits = trained_adapter(tmp_path, vision_tower, language_model)
+def test_merged_logits_equal_the_adapters(tmp_path, vision_tower, language_model, dora):
+    logits = trained_adapter(tmp_path, vision_tower, language_model, dora)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in weights) == dora
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -115,7 +117,7 @@ def test_heads_come_back_equal(tmp_path):
     heads = HaclHeads(32)
     with torch.no_grad():
         heads.temperature.fill_(0.9)
-        heads.clamp_temperature()
+        heads.temperature.copy_(within_range(heads.temperature))
     assert float(heads.temperature.detach()) == 0.5
     save_heads(heads, tmp_path / "heads.safetensors")
     loaded = load_heads(tmp_path / "heads.safetensors")

@@ -4,68 +4,14 @@ import json
 
 import pytest
 
-from shellv_core.data.samples import Sample, SampleObject
-from shellv_core.data.shards import write_shard
 from shellv_core.errors import EvaluationError
 from shellv_core.evaluation.table import render_table
 from shellv_core.stages import evaluate
 from shellv_core.stages.evaluate import EvaluateConfig
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
-from tests.evaluation.tiny_llava import picture, save_tiny_llava
+from shellv_core.storage import InputDirectory
+from tests.stages.evaluation_data import make_data, make_model
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
-NUM_IMAGES = 6
-OBJECTS = (["dog"], ["cat", "dog"], ["car"], ["bus"], ["cat"], ["car", "bus"])
-
-
-def commit(output, stage, **details):
-    manifest = Manifest(stage=stage, fingerprint=output.fingerprint, library_version="0", config={}, details=details)
-    output.commit(manifest)
-    return output.uri
-
-
-def json_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def make_data(root, work, with_images=True):
-    output = OutputDirectory(f"{root}/data-{with_images}", "data")
-    output.begin()
-    samples = [
-        Sample(f"v{index}", f"v{index}", [], "test", picture(index), "png", objects=(SampleObject(OBJECTS[index][0]),))
-        for index in range(NUM_IMAGES if with_images else 1)
-    ]
-    shard = write_shard(samples, output, "validation/validation-000000.tar", work)
-    names = [f"v{index}.png" for index in range(NUM_IMAGES)]
-    pope = [
-        {"question_id": 1 + 2 * index + place, "image": name, "text": f"is there a {word} ?", "label": label}
-        for index, name in enumerate(names)
-        for place, (word, label) in enumerate([(OBJECTS[index][0], "yes"), ("of", "no")])
-    ]
-    for split in ("random", "popular", "adversarial"):
-        output.put_bytes(json_lines(pope), f"benchmarks/pope/{split}.jsonl")
-    hal_eval = [
-        {
-            "image": name,
-            "caption": "a dog",
-            "hal_caption": [{"type": kind, "caption": f"a cat {kind}"} for kind in ("object", "event")],
-        }
-        for name in names
-    ]
-    output.put_bytes(json.dumps(hal_eval).encode(), "benchmarks/hal_eval/scenes.json")
-    chair = [{"image": name, "objects": OBJECTS[index], "captions": []} for index, name in enumerate(names)]
-    output.put_bytes(json_lines(chair), "benchmarks/chair/scenes.jsonl")
-    shards = [{"name": shard.name, "num_samples": shard.num_samples, "bytes": shard.bytes, "sha256": shard.sha256}]
-    splits = {"validation": {"num_samples": shard.num_samples, "shards": shards}}
-    return commit(output, "prepare_data", splits=splits)
-
-
-def make_model(root, work, seed):
-    save_tiny_llava(work / f"model-{seed}", seed)
-    output = OutputDirectory(f"{root}/model-{seed}", f"model-{seed}")
-    output.begin()
-    output.put_tree(work / f"model-{seed}", "model")
-    return commit(output, "merge_lora")
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +74,19 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path, inputs, monkey
 
     whole = InputDirectory(evaluate.run(config_for(tmp_path / "a", inputs)).output_uri).content_sha256
     calls = []
-    generate = LlavaGenerator.generate
+    answer_batch = LlavaGenerator._continue
 
-    def generate_until_killed(self, prompts, images):
+    def answer_until_killed(self, states, rows, prompts):
         calls.append(len(prompts))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return generate(self, prompts, images)
+        return answer_batch(self, states, rows, prompts)
 
-    monkeypatch.setattr(LlavaGenerator, "generate", generate_until_killed)
+    monkeypatch.setattr(LlavaGenerator, "_continue", answer_until_killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config_for(tmp_path / "b", inputs))
     result = evaluate.run(config_for(tmp_path / "b", inputs))
-    assert 5 < len(calls) < 5 + 6, "3 blocks for each of two models, and those that were answered are not asked again"
+    assert len(calls) == 12 + 1, "2 batches of each of 3 blocks for each of 2 models, and one that was killed"
     assert InputDirectory(result.output_uri).content_sha256 == whole
 
 

@@ -77,6 +77,21 @@ def test_with_hacl_then_merged(folder, tmp_path):
     assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
 
 
+def test_quantized_base_whose_adapter_is_merged_into_the_unquantized(folder, tmp_path):
+    lora, training = LoraConfig(r=4, quantization="nf4"), TRAINING.model_copy(update={"max_steps": 3})
+    result = finetune.run(config(folder, tmp_path / "out", lora=lora, training=training))
+    assert names(result.output_uri) == ADAPTER | {"hacl/heads.safetensors"}
+    merged = merge_lora.run(
+        merge_lora.MergeLoraConfig(adapter_uri=result.output_uri, output_uri=(tmp_path / "merged").as_uri())
+    )
+    assert names(merged.output_uri) == names((folder / "model").as_uri())
+    before, after = (
+        load_file(InputDirectory(uri).fetch_tree("model/") / "model.safetensors")
+        for uri in ((folder / "model").as_uri(), merged.output_uri)
+    )
+    assert {name: each.dtype for name, each in after.items()} == {name: each.dtype for name, each in before.items()}
+
+
 def test_baseline_has_no_heads(folder, tmp_path):
     result = finetune.run(config(folder, tmp_path / "out", hacl=HaclConfig(weight=0)))
     assert names(result.output_uri) == ADAPTER

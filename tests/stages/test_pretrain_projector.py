@@ -11,6 +11,7 @@ from shellv_core.errors import ConfigError, ModelError
 from shellv_core.models.compose import load_model
 from shellv_core.stages.pretrain_projector import PretrainProjectorConfig, run
 from shellv_core.storage import InputDirectory
+from shellv_core.tracking.runs import EXPERIMENT, open_client
 from shellv_core.training.config import TrainingConfig
 from tests.stages.training_data import MODEL, TRAINING, write_data
 
@@ -48,6 +49,11 @@ def test_makes_a_model_that_has_learned(tmp_path):
     again = run(config(tmp_path))
     assert again.reused
     assert again.metrics == result.metrics
+    client = open_client()
+    (tracked,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    report = Path(client.download_artifacts(tracked.info.run_id, "report.html")).read_text()
+    assert "30 optimizer steps" in report
+    assert "vision tower" in report
 
 
 def test_same_settings_same_weights(tmp_path):

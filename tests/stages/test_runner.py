@@ -13,8 +13,10 @@ from shellv_core.errors import (
     DiskFullError,
     ObjectNotFoundError,
     OutputNotEmptyError,
+    Preempted,
     ShellVError,
     TrackingError,
+    TrainingError,
 )
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, code_digest, run_stage
 from shellv_core.tracking.runs import open_client
@@ -146,6 +148,61 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         assert not (small / "out").exists()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["output", "address"])
+def test_copies_of_checkpoints_outlive_a_failure_and_go_with_success(
+    data_uri: str, store_uri: str, kind: str, tracking_store: Path
+) -> None:
+    config = ToyConfig(data_uri=data_uri, output_uri=f"{store_uri}/toy")
+    checkpoint_uri = "output" if kind == "output" else f"{store_uri}/kept/{{fingerprint}}"
+    seen: list[str | None] = []
+
+    def diverges(run: StageRun[ToyConfig]) -> None:
+        seen.append(run.checkpoints)
+        storage.write_bytes(f"{run.checkpoints}/step-1/manifest.json", b"{}")
+        raise TrainingError("the loss explodes")
+
+    with pytest.raises(TrainingError):
+        toy(config, diverges, checkpoint_uri=checkpoint_uri)
+    assert storage.list_uris(config.output_uri) == []
+    assert storage.exists(f"{seen[0]}/step-1/manifest.json")
+    result = toy(config, checkpoint_uri=checkpoint_uri)
+    digits = result.fingerprint[:16]
+    assert seen == [f"{store_uri}/toy.checkpoints-{digits}" if kind == "output" else f"{store_uri}/kept/{digits}"]
+    assert storage.list_uris(str(seen[0])) == []
+    storage.write_bytes(f"{seen[0]}/step-1/manifest.json", b"{}")
+    assert toy(config, checkpoint_uri=checkpoint_uri).reused
+    assert storage.list_uris(str(seen[0])) == [], "what a kill right after the commit left"
+
+
+def test_a_bad_address_for_checkpoints_is_told_before_any_work(tmp_path: Path, data_uri: str) -> None:
+    config = ToyConfig(data_uri=data_uri, output_uri=(tmp_path / "toy").as_uri())
+    with pytest.raises(ConfigError, match="not a storage address"):
+        toy(config, checkpoint_uri="bucket/{fingerprint}")
+    assert not (tmp_path / "toy").exists()
+
+
+def test_a_run_that_was_asked_to_stop_is_left_to_go_on(tmp_path: Path, data_uri: str, tracking_store: Path) -> None:
+    config = ToyConfig(data_uri=data_uri, output_uri=(tmp_path / "toy").as_uri())
+
+    def stops(run: StageRun[ToyConfig]) -> None:
+        run.output.put_bytes(b"half", "first.txt")
+        (run.work / "scratch").write_text("kept")
+        raise Preempted("stopped at step 3 by SIGTERM")
+
+    with pytest.raises(Preempted, match="step 3") as stopped:
+        toy(config, stops)
+    assert stopped.value.code == 143
+    client = open_client()
+    (run,) = client.search_runs([client.get_experiment_by_name("shellv").experiment_id])
+    assert run.info.status == "KILLED"
+
+    def goes_on(run: StageRun[ToyConfig]) -> None:
+        assert (run.work / "scratch").read_text() == "kept"
+        assert run.output.done_files().keys() == {"first.txt"}
+
+    assert not toy(config, goes_on).reused
 
 
 def test_code_digest_follows_the_source() -> None:

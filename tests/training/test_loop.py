@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from shellv_core.models.lora import add_lora
 from shellv_core.training.batches import batch_images, make_batch
 from shellv_core.training.checkpoints import Checkpoints, read_checkpoint
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
+from shellv_core.training.engines.base import build_optimizer
 from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
-from shellv_core.training.loop import build_optimizer, learning_rate_factor, set_trainable, total_steps, train
+from shellv_core.training.history import HISTORY_NAME, read_history
+from shellv_core.training.loop import learning_rate_factor, set_trainable, total_steps, train
 from shellv_core.training.model import TrainingModel, frozen_copy
 from tests.training.tiny import tiny_model, tiny_samples
 
@@ -139,9 +143,13 @@ def test_learns_and_reports(parts, tmp_path, precision):
         "useful_token_share",
         "peak_memory_gb",
         "mfu",
+        "learning_rate",
     }
     assert summary.num_steps == 40
-    assert set(summary.metrics) == set(logged[40])
+    assert set(summary.metrics) == set(logged[40]) - {"learning_rate"}
+    history = read_history(tmp_path / HISTORY_NAME)
+    assert [step for step, _ in history] == [10, 20, 30, 40]
+    assert history[-1][1] == logged[40]
     assert 0.001 <= float(module.heads.temperature.detach()) <= 0.5
     assert not module.training
     assert module.model.model.language_model.config._attn_implementation == "sdpa"
@@ -204,6 +212,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(parts, tmp_path, stop):
         go(fresh(), tmp_path / "cut", killer, settings)
     resumed = go(fresh(), tmp_path / "cut", settings=settings)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    whole, cut = (read_history(tmp_path / name / HISTORY_NAME) for name in ("whole", "cut"))
+    assert [(step, metrics["loss"]) for step, metrics in cut] == [(step, metrics["loss"]) for step, metrics in whole]
 
 
 def test_checkpoint_of_another_run_is_refused(parts, tmp_path):
@@ -327,6 +337,11 @@ def test_settings_that_would_do_nothing_are_refused(values, message):
         build_config(HaclConfig, values)
 
 
+def test_one_folder_for_the_checkpoints_of_all_runs_is_refused():
+    with pytest.raises(ConfigError, match=r"one folder for all runs; put \{fingerprint\} into it"):
+        build_config(TrainingConfig, {"checkpoint_uri": "s3://bucket/checkpoints"})
+
+
 def test_objectives_without_data_are_not_silent(tmp_path, caplog):
     model, processor = tiny_model()
     module = TrainingModel(model, HaclHeads(32), HaclConfig(weight=1.0), PreferenceConfig(weight=0.5))
@@ -355,6 +370,20 @@ def test_loss_that_is_not_finite_names_the_step(parts, tmp_path):
     with pytest.raises(TrainingError, match="at step 1; lower the learning rates"):
         train(module, parts[2], parts[3], config(), 0, tmp_path, lambda metrics, step: None)
     assert torch.equal(module.model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize(("rate", "fault"), [(3.0, "explodes: it is"), (30.0, "gradient norm nan")])
+def test_an_absurd_learning_rate_stops_with_the_last_good_checkpoint_named(parts, tmp_path, rate, fault):
+    absurd = {"projector_learning_rate": rate, "language_model_learning_rate": rate, "warmup_ratio": 0.5}
+    settings = config(max_steps=60, checkpoint_every_steps=1, **absurd)
+    with pytest.raises(TrainingError, match=rf"{fault}.* at step \d+") as caught:
+        run(parts, settings, tmp_path)
+    step, path = re.search(r"last good checkpoint is that of step (\d+), (.+)\.", str(caught.value)).groups()
+    last = read_checkpoint(Path(path))
+    assert last.step == int(step) == max(int(each.name[5:]) for each in tmp_path.glob("step-*"))
+    stopped = int(re.search(r"at step (\d+)", str(caught.value))[1])
+    assert last.step <= stopped - settings.divergence_steps or "nan" in fault, "it is from before the trouble"
+    assert all(each.isfinite().all() for each in last.tensors().values())
 
 
 def test_nothing_trainable(parts, tmp_path):

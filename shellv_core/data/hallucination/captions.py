@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shellv_core.data.samples import HallucinatedCaption, SampleObject
+from shellv_core.endpoint.asking import Usage
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,13 @@ class RewrittenCaption:
 
 
 @dataclass
-class RewriteCounts:
+class RewriteCounts(Usage):
     """What happened, for a manifest. All counts are of rewrites, except `captions` and the requests and tokens."""
 
     captions: int = 0
     kept: Counter[str] = field(default_factory=Counter)  # by type
     rejected: Counter[str] = field(default_factory=Counter)  # by "type: reason"
     missing: Counter[str] = field(default_factory=Counter)  # by "type: reason" where a caption stays without that type
-    requests: Counter[str] = field(default_factory=Counter)  # endpoint: sent, retried, cached, failed
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: float = 0.0
 
     def add(self, other: RewriteCounts) -> None:
         """Add another worker's counts."""
@@ -72,13 +69,9 @@ class RewriteCounts:
     def to_record(self) -> dict[str, Any]:
         """A JSON-serialisable form, keys sorted."""
         record: dict[str, Any] = {"captions": self.captions}
-        for name in ("kept", "rejected", "missing", "requests"):
+        for name in ("kept", "rejected", "missing"):
             record[name] = dict(sorted(getattr(self, name).items()))
-        return record | {
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "cost": round(self.cost, 6),
-        }
+        return record | super().to_record()
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RewriteCounts:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shellv_core.config import Config
+from shellv_core.endpoint.config import EndpointConfig
 
 RewriteType = Literal["object", "attribute", "relation", "event"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -34,24 +35,6 @@ class TransformersConfig(Config):
     max_new_tokens: int = Field(default=256, ge=16)
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class EndpointConfig(Config):
-    """Any server of the OpenAI chat protocol. The key is read from the environment, never from a file."""
-
-    base_url: str = "https://api.openai.com/v1"
-    model: str = ""
-    api_key_variable: str = "OPENAI_API_KEY"
-    cache_path: str = ""  # folder of answers by content hash; empty keeps none
-    concurrency: int = Field(default=8, ge=1)
-    requests_per_minute: float = Field(default=500.0, gt=0.0)
-    max_retries: int = Field(default=4, ge=0)  # after the first attempt, for 408, 409, 429, 5xx and lost connections
-    retry_seconds: float = Field(default=1.0, ge=0.0)  # first pause; it doubles, and Retry-After overrides it
-    timeout_seconds: float = Field(default=60.0, gt=0.0)
-    max_tokens: int = Field(default=512, ge=16)
-    temperature: float = Field(default=0.7, ge=0.0)
-    input_price: float = Field(default=0.0, ge=0.0)  # per million tokens, in any currency
-    output_price: float = Field(default=0.0, ge=0.0)
 
 
 class FilterConfig(Config):

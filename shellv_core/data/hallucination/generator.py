@@ -51,9 +51,9 @@ def build_generator(config: HallucinationConfig) -> CaptionRewriter:
         from shellv_core.data.hallucination.local_model import LocalModel
 
         return _Asked(LanguageModelGenerator(config, LocalModel(config.transformers)))
-    from shellv_core.data.hallucination.endpoint import Endpoint
+    from shellv_core.data.hallucination.endpoint import EndpointAnswerer
 
-    return _Asked(LanguageModelGenerator(config, Endpoint(config.endpoint)))
+    return _Asked(LanguageModelGenerator(config, EndpointAnswerer(config.endpoint)))
 
 
 def quality_record(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from shellv_core.data.hallucination.config import HallucinationConfig
 from shellv_core.data.hallucination.filtering import changed_words, reject_reason
 from shellv_core.data.hallucination.grammar import Parser
 from shellv_core.data.samples import HallucinatedCaption
+from shellv_core.endpoint.asking import Reply
 
 _CHUNK = 256
 
@@ -29,18 +29,10 @@ Answer with JSON alone: {"object": {"text": "..."}, "attribute": {"text": "..."}
 "event": {"text": "...", "truth": "..."}}"""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer to one caption, or the reason why there is none."""
-
-    text: str = ""
-    fault: str = ""
-
-
 class Answerer(Protocol):
     """Whoever answers prompts: a local model or an endpoint."""
 
-    def answer(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Answer]:
+    def answer(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Reply]:
         """One answer for each prompt, in order; faults are returned, not raised."""
         ...
 
@@ -112,7 +104,7 @@ class LanguageModelGenerator:
                 yield RewrittenCaption(caption, tuple(self._accepted(caption, answer, counts)))
             counts.captions += len(chunk)
 
-    def _accepted(self, caption: Caption, answer: Answer, counts: RewriteCounts) -> Iterator[Rewrite]:
+    def _accepted(self, caption: Caption, answer: Reply, counts: RewriteCounts) -> Iterator[Rewrite]:
         types = self._config.types
         if answer.fault:
             counts.missing.update(f"{kind}: {answer.fault}" for kind in types)

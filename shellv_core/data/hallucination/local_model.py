@@ -8,7 +8,8 @@ from typing import Any
 
 from shellv_core.data.hallucination.captions import RewriteCounts
 from shellv_core.data.hallucination.config import TransformersConfig
-from shellv_core.data.hallucination.language_model import INSTRUCTION, Answer, chat_messages
+from shellv_core.data.hallucination.language_model import INSTRUCTION, chat_messages
+from shellv_core.endpoint.asking import Reply
 from shellv_core.errors import ModelError
 from shellv_core.progress import Progress
 
@@ -44,9 +45,9 @@ class LocalModel:
         if self._tokenizer.pad_token_id is None:
             raise ModelError(f"the tokenizer in {path} has neither a padding token nor an end token; add one.")
 
-    def answer(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Answer]:
+    def answer(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Reply]:
         """One answer for each prompt; a prompt too long for the model has the fault "prompt too long"."""
-        answers: list[Answer] = []
+        answers: list[Reply] = []
         with Progress(len(prompts), "language model", "captions") as progress:
             for start in range(0, len(prompts), self._config.batch_size):
                 batch = prompts[start : start + self._config.batch_size]
@@ -54,7 +55,7 @@ class LocalModel:
                 progress.update(len(batch))
         return answers
 
-    def _answer_batch(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Answer]:
+    def _answer_batch(self, prompts: Sequence[str], counts: RewriteCounts) -> list[Reply]:
         import torch
 
         texts = [self._templated(prompt) for prompt in prompts]
@@ -63,7 +64,7 @@ class LocalModel:
         limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             if len(prompts) == 1:
-                return [Answer(fault="prompt too long")]
+                return [Reply(fault="prompt too long")]
             return [answer for prompt in prompts for answer in self._answer_batch([prompt], counts)]
         with torch.inference_mode():
             output = self._model.generate(
@@ -76,7 +77,7 @@ class LocalModel:
         answered = output[:, encoded["input_ids"].shape[1] :]
         counts.input_tokens += int(encoded["attention_mask"].sum())
         counts.output_tokens += int((answered != self._tokenizer.pad_token_id).sum())
-        return [Answer(text) for text in self._tokenizer.batch_decode(answered, skip_special_tokens=True)]
+        return [Reply(text) for text in self._tokenizer.batch_decode(answered, skip_special_tokens=True)]
 
     @property
     def _has_template(self) -> bool:

@@ -13,14 +13,10 @@ from torch import distributed
 from torch.nn import functional
 
 from shellv_core.training.losses.hacl import ContrastFeatures
+from shellv_core.training.processes import num_processes
 
 INTEGERS = ("caption_group", "hallucinated_group", "hallucinated_type", "truth_group")
 MASKS = ("valid", "hallucinated_valid", "truth_valid")
-
-
-def num_ranks() -> int:
-    """Processes that train together; 1 outside of torch.distributed."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def gather_features(features: ContrastFeatures) -> tuple[ContrastFeatures, tuple[int, int]]:
@@ -39,7 +35,7 @@ def gather_features(features: ContrastFeatures) -> tuple[ContrastFeatures, tuple
     device = features.image.device
     learns = any(each.requires_grad for each in (features.image, features.caption, features.hallucinated))
     mine = torch.tensor([num_rows, num_slots, learns, features.truth is not None], device=device)
-    everyones = [[int(each) for each in row] for row in _gathered(mine[None], num_ranks()).tolist()]
+    everyones = [[int(each) for each in row] for row in _gathered(mine[None], num_processes()).tolist()]
     counts = [row[0] for row in everyones]
     slots, anyone_learns, anyone_has_truth = (max(row[index] for row in everyones) for index in (1, 2, 3))
     longest = max(counts)
@@ -59,7 +55,7 @@ def gather_features(features: ContrastFeatures) -> tuple[ContrastFeatures, tuple
 
     kept = torch.cat([torch.arange(count, device=device) + rank * longest for rank, count in enumerate(counts)])
     floats = _gathered_with_gradients(floats)[kept]
-    numbers = dict(zip(columns, _gathered(integers, num_ranks())[kept].split(widths, dim=1), strict=True))
+    numbers = dict(zip(columns, _gathered(integers, num_processes())[kept].split(widths, dim=1), strict=True))
     image, caption, *others = floats.split([width, width, *[slots * width] * len(texts)], dim=1)
     hallucinated, *truths = (each.reshape(len(kept), slots, width) for each in others)
     joined = ContrastFeatures(

@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from shellv_core.data.hallucination.captions import Caption, RewriteCounts
-from shellv_core.data.hallucination.config import EndpointConfig, HallucinationConfig, TransformersConfig
+from shellv_core.data.hallucination.config import HallucinationConfig, TransformersConfig
 from shellv_core.data.hallucination.generator import build_generator
 from shellv_core.data.hallucination.language_model import parse_answer, prompt_of
 from shellv_core.data.samples import SampleObject
+from shellv_core.endpoint.config import EndpointConfig
 from shellv_core.errors import ConfigError, DataError, ModelError
 
 TYPES = ("object", "attribute", "relation", "event")

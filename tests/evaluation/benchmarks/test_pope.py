@@ -1,9 +1,11 @@
 import itertools
+import json
 
 import pytest
 
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.pope import SPLITS, Pope
+from shellv_core.evaluation.benchmarks import find
+from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
 from shellv_core.evaluation.rows import read_rows
 
 
@@ -71,3 +73,14 @@ def test_published_files(shared, split):
     always_yes = pope.score(dict.fromkeys(perfect, "Yes"))
     assert (always_yes["accuracy"], always_yes["recall"], always_yes["yes_ratio"]) == (0.5, 1, 1)
     assert always_yes["f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("source", ["coco_pope_popular", "aokvqa_pope_seem_popular", "gqa_pope_seem_popular"])
+def test_files_of_all_sources_name_their_split(tmp_path, source):
+    """COCO's files are JSON Lines, those of A-OKVQA and GQA arrays."""
+    content = [json.dumps(row) for row in rows(["yes", "no"])]
+    text = "\n".join(content) if source.startswith("coco") else f"[{', '.join(content)}]"
+    (tmp_path / f"{source}.json").write_text(text)
+    pope = find("pope").open(tmp_path / f"{source}.json")
+    assert (pope.key, pope.truth) == (("pope", "popular"), {"1": True, "2": False})
+    assert find("pope").open(tmp_path / f"{source}.json", split="random").key == ("pope", "random")

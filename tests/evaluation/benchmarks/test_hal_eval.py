@@ -1,7 +1,7 @@
 import pytest
 
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.hal_eval import TYPES, HalEval
+from shellv_core.evaluation.benchmarks.hal_eval import TYPES, HalEval
 from shellv_core.evaluation.rows import read_rows
 
 NAMES = tuple(f"{name} Hallucination" for name in ("Objective", "Attributive", "Spatial Relationship", "Event"))

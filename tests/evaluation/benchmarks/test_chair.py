@@ -2,7 +2,7 @@ import pytest
 
 from shellv_core.data.objects import COCO_CLASSES, find_mentions
 from shellv_core.errors import EvaluationError
-from shellv_core.evaluation.chair import Chair
+from shellv_core.evaluation.benchmarks.chair import AuthorsWords, Chair
 
 
 def classes(text):
@@ -86,3 +86,43 @@ def test_outcomes_sum_to_the_rate():
 def test_bad_scenes(rows, message):
     with pytest.raises(EvaluationError, match=message):
         Chair(rows)
+
+
+SYNONYMS = """person, man, woman, baby, passenger
+dog, puppy
+bird
+airplane, jet, plane
+tie
+toilet
+chair, seat, stool
+wine glass
+hot dog
+train
+knife
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Two men, women and a puppy", ["person", "person", "dog"]),
+        ("a hot dog and hot dogs", ["hot dog", "hot dog"]),
+        ("a baby bird by a baby", ["bird", "person"]),
+        ("a passenger jet, a passenger", ["airplane", "person"]),
+        ("bow ties at a toilet seat; a seat", ["tie", "toilet"]),
+        ("wine glasses on seats, knives", ["wine glass", "chair", "knife"]),
+        ("a train track", []),
+    ],
+)
+def test_the_authors_words(text, expected):
+    assert AuthorsWords(SYNONYMS).find(text) == expected
+
+
+def test_the_authors_words_score_beside_ours():
+    rows = [{"image": "a.jpg", "objects": ["dog"], "captions": ["A man walks a dog."]}]
+    scores = Chair(rows, authors_words=AuthorsWords(SYNONYMS)).score({"a.jpg": "A pup, a woman, a train, a puppy."})
+    # "pup" is none of the authors' words.
+    assert (scores["instance_rate"], scores["num_mentions"]) == (1 / 4, 4)
+    assert scores["author_rule"] == {"instance_rate": 1 / 3, "sentence_rate": 1, "recall": 1}
+    with pytest.raises(EvaluationError, match="line 1: 'doog' is not one of COCO"):
+        AuthorsWords("doog, dog")
