@@ -237,15 +237,16 @@ class PackedLoader:
                 self.epoch, self.step = (self.epoch + 1, 0) if last else (self.epoch, step + 1)
                 yield packs
 
-    def most_images(self) -> int:
-        """The most pictures that a pack of the first epoch has."""
+    def most_images(self, num_steps: int) -> int:
+        """The most pictures that a pack of the first epoch's first `num_steps` steps has."""
         plan = self.plan(0)
-        documents = self._kept[plan.documents]
+        offsets = plan.offsets[: num_steps * self.global_batch + 1]
+        documents = self._kept[plan.documents[: offsets[-1]]]
         starts = np.concatenate(
             [first + lengths.offsets[:-1] for first, lengths in zip(self._first_document, self._lengths, strict=True)]
         )
         has_image = np.concatenate([lengths.has_image for lengths in self._lengths])[documents]
-        pack_of = np.repeat(np.arange(plan.num_packs), np.diff(plan.offsets))
+        pack_of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         images = np.stack([pack_of, np.searchsorted(starts, documents, side="right")])[:, has_image]
         return int(np.bincount(np.unique(images, axis=1)[0]).max(initial=0))
 

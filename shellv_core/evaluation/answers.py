@@ -84,11 +84,6 @@ class Shard:
             raise ConfigError(f"shard={text!r} is not INDEX/COUNT with INDEX from 0 to COUNT - 1, such as 0/4.")
         return cls(int(match[1]), int(match[2]))
 
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """What torchrun, a TrainJob or an indexed job says in ``RANK`` and ``WORLD_SIZE``; all of it without them."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
 
 @dataclass
 class Answered:

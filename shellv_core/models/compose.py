@@ -86,19 +86,36 @@ def build_model(
     tokenizer = _build_tokenizer(config.tokenizer, texts, template)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vision_tower = _build_vision_tower(config.vision_tower)
-        language_model = _build_language_model(config.language_model, tokenizer)
-        model = _compose(config, vision_tower, language_model, tokenizer)
+        dtype = getattr(torch, config.dtype)
+        vision_tower = _build_vision_tower(config.vision_tower, dtype)
+        language_model = _build_language_model(config.language_model, tokenizer, dtype)
+        model = _compose(config, vision_tower, language_model, tokenizer).to(dtype)
     return model, _build_processor(config.vision_tower, model, tokenizer, template)
 
 
-def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path) -> None:
-    """Write the model directory that `load_model` and plain transformers read."""
+def save_model(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the model directory that `load_model` and plain transformers read.
+
+    Args:
+        dtype: converts the model's weights first; None leaves them as they are.
+    """
+    nn.Module.to(model, dtype=dtype)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     if isinstance(model.model.vision_tower, EfficientNetLiteModel):
         source = Path(efficientnet_lite.__file__)
         shutil.copyfile(source, Path(directory) / source.name)
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Of the weights in a model directory."""
+    dtype: Any = LlavaConfig.from_pretrained(directory, local_files_only=True).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def check_quantization(quantization: Quantization | None) -> None:
@@ -116,14 +133,14 @@ def check_quantization(quantization: Quantization | None) -> None:
 
 def load_model(
     directory: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     quantization: Quantization | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a model directory, every weight accounted for.
 
     Args:
-        dtype: of the weights that are not quantized.
+        dtype: of the weights that are not quantized; None leaves them as they are stored.
         quantization: of the language model's linear layers, made while loading, on the GPU if there is one; the same
             bits every time. Embeddings, head, projector and vision tower stay as they are.
         compute_dtype: of matrix products with nf4 weights.
@@ -142,7 +159,7 @@ def load_model(
         # Mismatched sizes are collected here to be named below.
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             directory,
-            dtype=dtype,
+            dtype=dtype or "auto",
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -185,7 +202,7 @@ def calibrate_vision_tower(model: LlavaForConditionalGeneration, pixel_values: I
         )
     tower.set_standardization(torch.zeros_like(tower.feature_mean), torch.ones_like(tower.feature_std))
     with torch.no_grad():
-        tokens = [tower(batch).last_hidden_state.flatten(0, 1) for batch in pixel_values]
+        tokens = [tower(batch.to(tower.dtype)).last_hidden_state.flatten(0, 1) for batch in pixel_values]
     if not tokens:
         raise ModelError("no training picture to standardize the vision features with; set standardize=false.")
     values = torch.cat(tokens).double()
@@ -220,7 +237,7 @@ def _build_tokenizer(config: TokenizerConfig, texts: Iterable[str], template: Te
     return tokenizer
 
 
-def _build_vision_tower(config: VisionTowerConfig) -> PreTrainedModel:
+def _build_vision_tower(config: VisionTowerConfig, dtype: torch.dtype) -> PreTrainedModel:
     if config.kind == "efficientnet_lite0":
         return _build_efficientnet(config)
     config_class, model_class = TRANSFORMERS_TOWERS[config.kind]
@@ -228,7 +245,7 @@ def _build_vision_tower(config: VisionTowerConfig) -> PreTrainedModel:
         options = {"image_size": config.image_size, **config.options}
         return model_class(_new_config(config_class, options, "vision_tower.options"))
     try:
-        tower = model_class.from_pretrained(config.pretrained, dtype=torch.float32)
+        tower = model_class.from_pretrained(config.pretrained, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(_unavailable("vision tower", config.pretrained, error)) from error
     if tower.config.image_size != config.image_size:
@@ -277,9 +294,11 @@ def _load_imagenet_weights(tower: EfficientNetLiteModel) -> None:
         )
 
 
-def _build_language_model(config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _build_language_model(
+    config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
     if config.pretrained is not None:
-        return _load_language_model(config.pretrained, config.model_type, tokenizer)
+        return _load_language_model(config.pretrained, config.model_type, tokenizer, dtype)
     if config.model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"language_model.model_type={config.model_type!r} is not an architecture of transformers;"
@@ -305,7 +324,9 @@ def _build_language_model(config: LanguageModelConfig, tokenizer: PreTrainedToke
     return model
 
 
-def _load_language_model(name: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_language_model(
+    name: str, model_type: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
     _refuse_codeshell(name)
     try:
         text_config = AutoConfig.from_pretrained(name)
@@ -314,7 +335,7 @@ def _load_language_model(name: str, model_type: str, tokenizer: PreTrainedTokeni
                 f"language_model.model_type={model_type!r}, but {name} is a {text_config.model_type!r}; set model_type"
                 " to what its config.json says."
             )
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(_unavailable("language model", name, error)) from error
     # Never fewer rows: some models have more than their tokenizer names.

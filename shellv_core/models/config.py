@@ -90,6 +90,9 @@ class ModelConfig(Config):
     projector: str = "mlp2x_gelu"
     #: How a conversation is written: a name of `shellv_core.templates.TEMPLATES`. The model directory carries it.
     template: str = DEFAULT_TEMPLATE
+    #: Of the weights as they are stored. What learns is trained in float32 either way; with bfloat16, what is frozen
+    #: takes half the memory.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     #: Put <im_start> and <im_end>, two new tokens, around the tokens of each image.
     image_start_end: bool = False
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from shellv_core.errors import ModelError
-from shellv_core.models.compose import load_model, save_model
+from shellv_core.models.compose import load_model, save_model, stored_dtype
 from shellv_core.models.config import LoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -132,7 +132,8 @@ def merge_adapter(base_directory: Path, adapter_directory: Path, output_director
         return
     base, processor = load_model(base_directory)
     merged = load_adapter(base, adapter_directory).merge_and_unload(safe_merge=True)
-    save_model(merged, processor, output_directory)
+    # Added in float32, written as the base is.
+    save_model(merged, processor, output_directory, stored_dtype(base_directory))
     load_model(output_directory)
 
 

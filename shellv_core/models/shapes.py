@@ -95,7 +95,7 @@ def model_without_weights(config: ModelConfig) -> LlavaForConditionalGeneration:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(llava)
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
-    return model.eval()
+    return model.to(getattr(torch, config.dtype)).eval()
 
 
 def _tower_config(config: VisionTowerConfig) -> PreTrainedConfig:

@@ -103,6 +103,7 @@ def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.memory import estimate_memory, largest_batch
     from shellv_core.training.model import TrainingModel, frozen_copy
+    from shellv_core.training.parts import learn_in_float32
 
     model = model_without_weights(plan.model)
     text: Any = model.config.text_config
@@ -115,6 +116,7 @@ def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
     if plan.lora:
         with torch.device("meta"):
             add_lora(model, plan.lora, "projector" in plan.training.trainable)
+    learn_in_float32(module)
     batch = largest_batch(module, plan.training, num_devices=plan.num_devices)
     quantization = plan.lora.quantization if plan.lora else None
     return estimate_memory(module, plan.training, batch, device_type, plan.num_devices, plan.zero_stage, quantization)

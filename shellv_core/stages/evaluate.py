@@ -2,12 +2,11 @@
 
 A model is a stage's output, a registered version (``models:/NAME@ALIAS``), a Hugging Face directory, or a server of the
 OpenAI chat protocol (``https://HOST/v1``). Several processes can share the questions: each is given a part (``shard``,
-or ``RANK`` and ``WORLD_SIZE``), and a run without one takes what they have answered, asks the rest and ends it.
+or its rank under torchrun), and a run without one takes what they have answered, asks the rest and ends it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -85,23 +84,27 @@ def run(config: EvaluateConfig) -> StageResult:
         ModelError: if a model cannot be loaded or gives no usable numbers.
     """
     from shellv_core.evaluation.answers import Shard
+    from shellv_core.training.processes import alone, launched
 
     task = _Task(config)
-    shard = Shard.parse(config.shard) if config.shard else Shard.from_environment()
+    launch = launched()
+    shard = Shard.parse(config.shard) if config.shard else Shard(launch.rank, launch.size)
     if shard.count > 1:
         partial = _answer_shard(task, shard)
         if config.shard or shard.index:
             return partial
         _await_shards(task, shard)
-    result = run_stage(
-        "evaluate",
-        task.config,
-        lambda run: _body(run, task),
-        task.inputs,
-        CODE,
-        task.is_whole,
-        others=task.references,
-    )
+    # The others have done their part and are gone.
+    with alone():
+        result = run_stage(
+            "evaluate",
+            task.config,
+            lambda run: _body(run, task),
+            task.inputs,
+            CODE,
+            task.is_whole,
+            others=task.references,
+        )
     task.check_missing(result)
     return result
 
@@ -282,8 +285,9 @@ class _Asking:
     def __init__(self, task: _Task, inputs: Mapping[str, InputDirectory]) -> None:
         from shellv_core.evaluation.selection import Images
         from shellv_core.evaluation.suite import needed_images, shuffle_images
+        from shellv_core.training.processes import launched
 
-        self.task, self.inputs = task, inputs
+        self.task, self.inputs, self.local_rank = task, inputs, launched().local_rank
         self.endpoints = {name: task.open_endpoint(name) for name in task.remote}
         data = inputs.get("data")
         own = [] if data is None else _read_benchmarks(task.config, data)
@@ -370,8 +374,7 @@ class _Asking:
         from shellv_core.evaluation.transformers_generator import load_generator
 
         folder = self.task.folders.get(source) or self.inputs[source].fetch_tree(MODEL_PREFIX)
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         sampling = Sampling() if source == "judge" else Sampling(config.temperature, config.top_p, config.seed)
         return load_generator(folder, device, getattr(torch, config.dtype), config.batch_size, sampling)
 

@@ -67,7 +67,7 @@ def run(config: FinetuneConfig) -> StageResult:
 def _body(run: StageRun[FinetuneConfig]) -> None:
     import torch
 
-    from shellv_core.models.compose import check_quantization, load_model, save_model
+    from shellv_core.models.compose import check_quantization, load_model, save_model, stored_dtype
     from shellv_core.models.lora import add_lora, save_adapter
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
@@ -77,10 +77,12 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     config, data = run.config, TrainingData.of(run.inputs["data"], "train")
     quantization = config.lora.quantization if config.lora else None
     check_quantization(quantization)
-    compute_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    bf16 = config.training.precision == "bf16"
     with first_on_node():
         base = run.inputs["model"].fetch_tree("model/")
-    model, processor = load_model(base, quantization=quantization, compute_dtype=compute_dtype)
+    model, processor = load_model(
+        base, None if bf16 else torch.float32, quantization, torch.bfloat16 if bf16 else torch.float32
+    )
     heads = start_heads(config.hacl, model, config.seed, run.inputs["model"])
     module = TrainingModel(model, heads, config.hacl, config.preference)
     set_trainable(module, config.training)
@@ -105,7 +107,7 @@ def _body(run: StageRun[FinetuneConfig]) -> None:
     put_report("finetune", run, module, run.config.training)
     module.to("cpu")
     if adapted is None:
-        save_model(model, processor, run.work / "model")
+        save_model(model, processor, run.work / "model", stored_dtype(base))
         run.output.put_tree(run.work / "model", "model")
     else:
         save_adapter(adapted, run.work / "adapter", run.inputs["model"].uri)

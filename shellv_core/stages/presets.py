@@ -189,6 +189,7 @@ def shellv_7b() -> Preset:
                 language_model=LanguageModelConfig(pretrained="WisdomShell/Shell-7B"),
                 tokenizer=TokenizerConfig(pretrained="WisdomShell/Shell-7B"),
                 template="shellv",
+                dtype="bfloat16",
             ),
             training=common,
         ),

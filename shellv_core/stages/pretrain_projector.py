@@ -51,7 +51,9 @@ def run(config: PretrainProjectorConfig) -> StageResult:
 
 
 def _body(run: StageRun[PretrainProjectorConfig]) -> None:
-    from shellv_core.models.compose import load_model, save_model
+    import torch
+
+    from shellv_core.models.compose import load_model, save_model, stored_dtype
     from shellv_core.training.fit import TrainingData, fit
     from shellv_core.training.loop import set_trainable
     from shellv_core.training.model import TrainingModel
@@ -65,7 +67,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
             unfinished = run.work / "initial.unfinished"
             save_model(model, processor, unfinished)
             unfinished.rename(initial)
-    model, processor = load_model(initial)
+    model, processor = load_model(initial, None if training.precision == "bf16" else torch.float32)
     heads = start_heads(run.config.hacl, model, run.config.seed)
     module = TrainingModel(model, heads, run.config.hacl)
     set_trainable(module, training)
@@ -85,7 +87,7 @@ def _body(run: StageRun[PretrainProjectorConfig]) -> None:
         return
     put_report("pretrain_projector", run, module, run.config.training)
     module.to("cpu")
-    save_model(model, processor, run.work / "model")
+    save_model(model, processor, run.work / "model", stored_dtype(initial))
     run.output.put_tree(run.work / "model", "model")
     put_heads(heads, run)
     run.metrics.update(summary.metrics)

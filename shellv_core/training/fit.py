@@ -27,7 +27,7 @@ from shellv_core.training.loop import TrainingSummary, train, train_from
 from shellv_core.training.memory import check_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed_feed import packed_feed
-from shellv_core.training.parts import describe_parts
+from shellv_core.training.parts import describe_parts, learn_in_float32
 from shellv_core.training.processes import alone, first_on_node, num_processes
 from shellv_core.training.runtime import runtime
 
@@ -72,7 +72,8 @@ def fit(
 ) -> TrainingSummary:
     """Tokenize `data`, get its image features and train `module` on it, in place.
 
-    Called by all processes; afterwards the module is whole in the first one.
+    Called by all processes; afterwards the module is whole in the first one. What learns is float32 from here on, what
+    is frozen stays as it is.
 
     Args:
         alignment: align the projector with the words of the captions first; its metrics join the summary's.
@@ -81,6 +82,7 @@ def fit(
     """
     if torch.cuda.is_available():
         module.to("cuda")
+    learn_in_float32(module)
     logger.info("%s, part by part:\n%s", description, describe_parts(module, config))
     aligned: dict[str, float] = {}
     with runtime(module.model, config):

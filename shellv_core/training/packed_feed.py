@@ -62,8 +62,8 @@ class PackedFeed:
                         break
 
     def largest_pack(self) -> tuple[int, int]:
-        """Tokens of a full pack, and the most pictures that one of the first epoch's packs has."""
-        return self.loader.max_length, self.loader.most_images()
+        """Tokens of a full pack, and the most pictures that one of the run's has in the first epoch."""
+        return self.loader.max_length, self.loader.most_images(self.total)
 
     def position(self) -> dict[str, Any]:
         """See `Feed`."""

@@ -28,6 +28,13 @@ def part_of(name: str) -> PartName:
     return "vision tower" if ".vision_tower." in name else "language model"
 
 
+def learn_in_float32(module: nn.Module) -> None:
+    """Hold what learns in float32; a small step would be lost in what bfloat16 rounds to."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def learning_rates(module: TrainingModel, config: TrainingConfig) -> dict[PartName, float]:
     """The learning rate, before its schedule, of each part that can learn."""
     return {

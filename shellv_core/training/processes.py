@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 #: Waiting for one process's work (features of all images, the output's upload) ends after this time.
 WAIT_TIMEOUT = timedelta(hours=24)
-#: A process that fails because another one did, or that may only repeat the first one's message, leaves it this long.
-GRACE_SECONDS = 5.0
+#: A process other than the first, whose message may only repeat the first one's, leaves it this long to speak; one that
+#: fails because another did leaves that one, and the launcher, this long.
+GRACE_SECONDS, PEER_GRACE_SECONDS = 5.0, 30.0
 #: How torch words that another process has gone.
 _PEER_FAULTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 
@@ -51,6 +52,8 @@ def launched() -> Launch:
     Raises:
         ConfigError: if its variables do not fit together.
     """
+    if _alone:
+        return Launch()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name, "") for name in names]
     if not values[1]:
@@ -100,7 +103,7 @@ def joined() -> Iterator[Launch]:
         if not any(fault in str(error) for fault in _PEER_FAULTS):
             raise
         # The launcher ends this process in the meantime; the one that failed has said why.
-        time.sleep(GRACE_SECONDS)
+        time.sleep(PEER_GRACE_SECONDS)
         raise TrainingError(
             f"another process of this run has failed or stopped answering: {str(error).splitlines()[0]}"
         ) from error

@@ -142,13 +142,6 @@ def test_shards_that_are_none(text):
         Shard.parse(text)
 
 
-def test_ranks_are_shards(monkeypatch):
-    assert Shard.from_environment() == Shard()
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Shard.from_environment() == Shard(2, 3) == Shard.parse("2/3")
-
-
 class Moody(Parrot):
     """Fails at what it is told to, and says nothing at all to cats."""
 

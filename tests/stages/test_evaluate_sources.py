@@ -213,6 +213,7 @@ def test_the_first_rank_waits_for_the_others_and_ends_the_run(server, data_uri, 
         data_uri=data_uri, model_uri=server.url, endpoint=FAST, output_uri=(tmp_path / "out").as_uri(), **SMALL
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "1")
     assert evaluate.run(config).details == {"shard": "1/2"}
     first = sum(server.requests.values())

@@ -13,7 +13,9 @@ from shellv_core.models.hacl import load_heads
 from shellv_core.stages import finetune, merge_lora, pretrain_projector
 from shellv_core.storage import InputDirectory
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
+from tests.data.shard_folder import shard_folder
 from tests.stages.training_data import MODEL, TRAINING, write_data
+from tests.training.tiny import tiny_samples
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, output: Path, **values):
     return finetune.FinetuneConfig(
-        data_uri=(folder / "data").as_uri(),
         output_uri=output.as_uri(),
         **{
+            "data_uri": (folder / "data").as_uri(),
             "model_uri": (folder / "model").as_uri(),
             "training": TRAINING,
             "lora": LoraConfig(r=4, alpha=8),
@@ -57,7 +59,12 @@ ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 def test_with_hacl_then_merged(folder, tmp_path):
     result = finetune.run(config(folder, tmp_path / "out", hacl=HaclConfig(weight=0.5, num_hallucinated=2)))
     assert names(result.output_uri) == ADAPTER | {"hacl/heads.safetensors"}
-    assert result.details == {"num_steps": 30, "base_model_uri": (folder / "model").as_uri()}
+    assert result.details == {
+        "num_steps": 30,
+        "base_model_uri": (folder / "model").as_uri(),
+        "engine": "ddp",
+        "num_processes": 1,
+    }
     assert {"image_to_text_loss", "hallucination_margin", "samples_per_second"} <= set(result.metrics)
     output = InputDirectory(result.output_uri)
     heads = load_heads(output.fetch("hacl/heads.safetensors"))
@@ -184,3 +191,62 @@ def test_published_recipe_can_be_said():
         ),
     )
     assert apply_overrides(settings, ["lora=null"]).lora is None
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path) -> Path:
+    """A model stored in bfloat16, its projector trained, its language model not."""
+    output = folder / "half"
+    pretrain_projector.run(
+        pretrain_projector.PretrainProjectorConfig(
+            data_uri=(folder / "data").as_uri(),
+            output_uri=output.as_uri(),
+            model=MODEL.model_copy(update={"dtype": "bfloat16"}),
+            training=HALF.model_copy(update={"trainable": ("projector",)}),
+            hacl=HaclConfig(weight=0.5),
+        )
+    )
+    return output
+
+
+HALF = TRAINING.model_copy(update={"precision": "bf16", "max_steps": 10})
+
+
+def float_dtypes(path: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_frozen_stays_in_bfloat16_and_what_learns_is_float32(folder, half, tmp_path, caplog, packing):
+    assert float_dtypes(half / "model" / "model.safetensors") == {torch.bfloat16}
+    training = HALF.model_copy(update={"packing": packing, "pack_tokens": 512})
+    data = folder / "data"
+    if packing:
+        data = tmp_path / "shards"
+        shard_folder(data.as_uri(), tmp_path / "work", {"train": tiny_samples()}, samples_per_shard=8)
+    with caplog.at_level("INFO"):
+        result = finetune.run(
+            config(
+                folder,
+                tmp_path / "out",
+                data_uri=data.as_uri(),
+                model_uri=half.as_uri(),
+                training=training,
+                hacl=HaclConfig(weight=0.5, queue_size=16),
+            )
+        )
+    parts = {line.split("  ")[0]: line for line in caplog.text.splitlines()}
+    assert "bfloat16" in parts["language model"]
+    assert "float32" in parts["adapters"]
+    assert "float32" in parts["projector"]
+    assert float_dtypes(tmp_path / "out" / "adapter" / "adapter_model.safetensors") == {torch.float32}
+    merged = merge_lora.run(
+        merge_lora.MergeLoraConfig(adapter_uri=result.output_uri, output_uri=(tmp_path / "merged").as_uri())
+    )
+    assert float_dtypes(tmp_path / "merged" / "model" / "model.safetensors") == {torch.bfloat16}
+    assert merged.details["base_model_uri"] == half.as_uri()
+
+
+def test_all_weights_are_trained_in_float32_and_stored_as_before(folder, half, tmp_path):
+    result = finetune.run(config(folder, tmp_path / "out", model_uri=half.as_uri(), training=HALF, lora=None))
+    assert float_dtypes(InputDirectory(result.output_uri).fetch("model/model.safetensors")) == {torch.bfloat16}

@@ -40,6 +40,8 @@ class Case:
     micro: int | None = None
     few_images: bool = False
     preference: float = 0.0
+    #: The model is stored in bfloat16.
+    half: bool = False
     #: Each process divides its loss by its own labels, as if all had as many.
     fault: bool = False
     #: Stop, as if killed, after this step.
@@ -59,6 +61,12 @@ CASES = {
         lora=True,
     ),
 }
+HALF = Case(
+    {"packing": True, "pack_tokens": 128, "max_length": 128, "global_batch_size": 8, "precision": "bf16"},
+    HaclConfig(weight=0.5, gather=False),
+    lora=True,
+    half=True,
+)
 
 #: Measured, not computed.
 RATES = ("samples_per_second", "tokens_per_second", "peak_memory_gb", "data_wait_share", "mfu", "useful_token_share")
@@ -116,6 +124,8 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
         model, case.hacl and HaclHeads(32), case.hacl, PreferenceConfig(weight=case.preference, prompt="What is it?")
     )
     set_trainable(module, settings)
+    if case.half:
+        model.to(torch.bfloat16)
     if case.lora:
         add_lora(model, LoraConfig(r=2))
     logged = []
@@ -179,3 +189,13 @@ def assert_same(found: dict, expected: dict) -> None:
     assert found["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
         torch.testing.assert_close(found["state"][name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def assert_about_same(found: dict, expected: dict) -> None:
+    """Losses and dtypes, as near as bfloat16 lets them be."""
+    assert len(found["metrics"]) == len(expected["metrics"]) == STEPS
+    for mine, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    assert {name: value.dtype for name, value in found["state"].items()} == {
+        name: value.dtype for name, value in expected["state"].items()
+    }

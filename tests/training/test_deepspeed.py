@@ -16,7 +16,7 @@ from shellv_core.training.loop import set_trainable
 from shellv_core.training.model import TrainingModel
 from tests.data.shard_folder import shard_folder
 from tests.training import engine_runs
-from tests.training.engine_runs import CASES, STEPS, Case, assert_same
+from tests.training.engine_runs import CASES, HALF, STEPS, Case, assert_about_same, assert_same
 from tests.training.tiny import tiny_model, tiny_samples
 
 STAGES = (1, 2, 3)
@@ -49,6 +49,7 @@ def found(folder):
     """What each of two processes computed."""
     cases = {f"{name} {stage}": with_stage(CASES[name], stage) for name in NAMES for stage in STAGES}
     cases |= {f"cut {stage}": with_stage(CASES["full"], stage, stop=3) for stage in STAGES}
+    cases |= {f"half {stage}": with_stage(HALF, stage) for stage in STAGES}
     return spawn(folder, 2, "two", cases)
 
 
@@ -95,6 +96,12 @@ def test_two_processes_learn_what_one_does(found, expected, stage, name):
         "zero_optimizer": "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer",
     }
     assert found[1][f"{name} {stage}"]["metrics"][-1]["loss"] == run["metrics"][-1]["loss"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_stored_in_bfloat16(folder, found, stage):
+    run = found[0][f"half {stage}"]
+    assert_about_same(run, engine_runs.run(HALF, folder / f"half {stage}", (folder / "data").as_uri()))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from shellv_core.training.engines.base import build_optimizer
 from shellv_core.training.loop import learning_rate_factor, train
 from tests.data.shard_folder import shard_folder
 from tests.training import engine_runs
-from tests.training.engine_runs import CASES, HACL, STEPS, Case, assert_same
+from tests.training.engine_runs import CASES, HACL, HALF, STEPS, Case, assert_about_same, assert_same
 from tests.training.test_loop import config, module_of, parts  # noqa: F401
 from tests.training.tiny import tiny_samples
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What each of two processes computed."""
-    cases = {**CASES, "fault": FAULT, "preference": PREFERENCE, "cut": CUT}
+    cases = {**CASES, "fault": FAULT, "preference": PREFERENCE, "cut": CUT, "half": HALF}
     return engine_runs.spawn(2, folder / "two", cases, folder / "home", (folder / "data").as_uri())
 
 
@@ -65,11 +65,18 @@ def test_one_process_is_the_plain_loop(parts, tmp_path):  # noqa: F811
             group["lr"] = group["base_lr"] * learning_rate_factor(step, 3, settings.warmup_ratio)
         optimizer.zero_grad()
         (plain.train()(batch).generation_loss_sum * (1 / len(batch.label_ids))).backward()
-        torch.nn.utils.clip_grad_norm_([each for each in plain.parameters() if each.requires_grad], 1.0)
+        learning = [each for group in optimizer.param_groups for each in group["params"]]
+        torch.nn.utils.clip_grad_norm_(learning, settings.max_grad_norm)
         optimizer.step()
     assert len(seen) == 3
     for name, value in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_a_model_stored_in_bfloat16(folder, found):
+    expected = alone(folder, HALF, "half")
+    assert {str(expected["state"][name].dtype) for name in expected["state"]} == {"torch.bfloat16", "torch.float32"}
+    assert_about_same(found[0]["half"], expected)
 
 
 @pytest.mark.parametrize("name", CASES)

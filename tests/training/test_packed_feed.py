@@ -79,13 +79,13 @@ def test_an_epoch_of_packs_learns_every_label_once(data):
     with packed_feed(module, processor, data.source, "train", settings, 0) as feed:
         steps = [(list(step.parts), step.num_labels) for step in feed.steps(0, None)]
         assert len(steps) == feed.total
-    rows = [row for parts, _ in steps for row, _ in parts]
+    rows = [part.batch for parts, _ in steps for part in parts]
     assert sum(labels for _, labels in steps) == count_label_tokens(examples, np.arange(len(examples)))
     assert sum(len(row.label_ids) for row in rows) == sum(labels for _, labels in steps)
     assert sum(row.num_samples for row in rows) == len(examples)
     assert len(rows) > len(steps), "steps have several packs"
     for parts, _ in steps:
-        assert sum(share for _, share in parts) == pytest.approx(1)
+        assert sum(part.share for part in parts) == pytest.approx(1)
     # Conversations per step are about as many as asked for.
     assert len(examples) / len(steps) == pytest.approx(6, rel=0.25)
     assert max(row.num_tokens for row in rows) <= rows[0].num_slots == feed.loader.max_length <= 128

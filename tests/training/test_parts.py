@@ -7,8 +7,9 @@ from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
 from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.engines.base import build_optimizer
 from shellv_core.training.fit import TrainingData, fit
-from shellv_core.training.loop import build_optimizer, set_trainable
+from shellv_core.training.loop import set_trainable
 from shellv_core.training.model import TrainingModel, frozen_copy
 from shellv_core.training.parts import describe_parts, part_of
 from tests.training.tiny import CLIP, tiny_model, tiny_samples

@@ -53,9 +53,6 @@ class Engine(Protocol):
             rate_factor: of every learning rate.
         """
 
-    def discard(self) -> None:
-        """Drop the gradients without a step."""
-
     def change(self, parameter: nn.Parameter, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace a parameter by a function of it, whatever copies there are."""
 

@@ -73,10 +73,6 @@ class DDPEngine:
         """See `Engine`."""
         set_rates(self.optimizer, rate_factor)
         self.optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """See `Engine`."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def change(self, parameter: nn.Parameter, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

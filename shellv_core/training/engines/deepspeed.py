@@ -101,17 +101,16 @@ class ZeroEngine:
         set_rates(self._optimizer, rate_factor)
         self._engine.step()
 
-    def discard(self) -> None:
-        """See `Engine`."""
-        self._optimizer.zero_grad(set_to_none=True)
-        for key in self._optimizer.averaged_gradients:
-            self._optimizer.averaged_gradients[key] = None
-
     def change(self, parameter: nn.Parameter, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """See `Engine`."""
         with torch.no_grad():
-            self._assign(parameter, function(self._whole(parameter)))
-        self._refresh()
+            value = function(self._whole(parameter))
+            self._assign(parameter, value)
+            if self.stage == 3:
+                shared: Any = parameter
+                shared.ds_tensor.copy_(self._share(shared, value))
+            if parameter.numel():  # Under ZeRO-3, it may not be here as a whole.
+                parameter.copy_(value.view_as(parameter))
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -190,14 +189,17 @@ class ZeroEngine:
 
     def _assign(self, parameter: Any, value: torch.Tensor, key: str | None = None) -> None:
         """Put this process's share of `value` where `_whole` finds it; `_refresh` brings it to the model."""
-        value = value.to(parameter.device, torch.float32).flatten()
-        if self.stage < 3:
+        value = value.to(parameter.device, torch.float32)
+        if self.stage == 3:
+            self._optimizer.set_local_hp_param(self._share(parameter, value), parameter, key)
+        else:
             parameter.set_full_hp_param(value, key)
-            return
-        share = parameter.ds_tensor.numel()
-        # The last processes' shares may be filled up.
-        value = nn.functional.pad(value, (0, share * num_processes() - len(value)))
-        self._optimizer.set_local_hp_param(value[share * rank() :][:share], parameter, key)
+
+    def _share(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+        """This process's share of a parameter under ZeRO-3; the last processes' may be filled up."""
+        size = parameter.ds_tensor.numel()
+        filled = nn.functional.pad(value.flatten(), (0, size * num_processes() - value.numel()))
+        return filled[size * rank() :][:size]
 
     def _refresh(self) -> None:
         """Make the model's weights those of the optimizer."""
