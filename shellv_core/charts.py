@@ -9,6 +9,8 @@ from html import escape
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 12, 28
 _HEIGHT = 230
+# Of bar charts: width, height of a bar and of a group's name, room for a value at the right.
+_BAR_WIDTH, _BAR_HEIGHT, _BAR_NAME, _BAR_GAP, _BAR_VALUE = 340, 13, 18, 8, 38
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,35 @@ class Series:
 
 
 def bar_chart(title: str, groups: Sequence[str], series: Sequence[Series], chance: float | None = None) -> str:
-    """An SVG element: groups of bars on an axis from 0 to 100 %, a dashed line at `chance`."""
-    bar_width, gap = 15, 18
-    group_width = bar_width * len(series)
-    width = _LEFT + _RIGHT + len(groups) * (group_width + gap)
-    plot = _HEIGHT - _TOP - _BOTTOM
+    """An SVG element: horizontal bars below each group's name, narrow enough for a phone, a dashed line at `chance`.
 
-    def y(share: float) -> float:
-        return _TOP + plot * (1 - share)
+    The axis goes from 0 to 100 %, or further in steps of 25 where a bar does.
+    """
+    highest = max((bar.high or bar.value for each in series for bar in each.bars), default=1.0)
+    top = max(1.0, math.ceil(highest * 4) / 4)
+    pitch = _BAR_NAME + len(series) * _BAR_HEIGHT + _BAR_GAP
+    bottom = len(groups) * pitch
+    height = bottom + 20
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {_HEIGHT}" width="{width}" height="{_HEIGHT}" role="img"'
-        f' aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
-    ]
-    for tick in (0, 25, 50, 75, 100):
-        height = y(tick / 100)
-        parts.append(f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{height:.1f}" y2="{height:.1f}" class="grid"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" class="tick" text-anchor="end">{tick}</text>')
+    def x(share: float) -> float:
+        return 6 + (_BAR_WIDTH - 6 - _BAR_VALUE) * share / top
+
+    parts = [_open(title, _BAR_WIDTH, height)]
+    for tick in range(round(4 * top) + 1):
+        if top > 1 and tick % 2:
+            continue
+        across = x(tick / 4)
+        parts.append(f'<line x1="{across:.1f}" x2="{across:.1f}" y1="0" y2="{bottom}" class="grid"/>')
+        parts.append(f'<text x="{across:.1f}" y="{height - 5}" class="tick" text-anchor="middle">{25 * tick}</text>')
     for index, group in enumerate(groups):
-        start = _LEFT + gap / 2 + index * (group_width + gap)
+        start = index * pitch + _BAR_NAME
+        parts.append(f'<text x="6" y="{start - 4}" class="group">{escape(group)}</text>')
         for place, each in enumerate(series):
-            parts += _bar(
-                start + place * bar_width, bar_width, each.bars[index], f"{each.label}, {group}", each.color, y
-            )
-        center = start + group_width / 2
-        parts.append(
-            f'<text x="{center:.1f}" y="{_HEIGHT - 9}" class="group" text-anchor="middle">{escape(group)}</text>'
-        )
+            down = start + place * _BAR_HEIGHT
+            parts += _bar(down, each.bars[index], f"{each.label}, {group}", each.color, x)
     if chance is not None:
         parts.append(
-            f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(chance):.1f}" y2="{y(chance):.1f}" class="chance">'
+            f'<line x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="0" y2="{bottom}" class="chance">'
             f"<title>chance {100 * chance:.0f} %</title></line>"
         )
     return "".join([*parts, "</svg>"])
@@ -87,10 +88,7 @@ def line_chart(title: str, curves: Sequence[Curve], width: int = 520) -> str:
         across = left + (width - left - _RIGHT) * (x - first) / max(last - first, 1e-9)
         return f"{across:.1f} {_TOP + plot * (high - y) / (high - low):.1f}"
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {_HEIGHT}" width="{width}" height="{_HEIGHT}" role="img"'
-        f' aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
-    ]
+    parts = [_open(title, width, _HEIGHT)]
     for tick in range(5):
         value = low + (high - low) * tick / 4
         height = _TOP + plot * (1 - tick / 4)
@@ -110,17 +108,29 @@ def line_chart(title: str, curves: Sequence[Curve], width: int = 520) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _bar(left: float, width: int, bar: Bar, label: str, color: str, y: Callable[[float], float]) -> list[str]:
-    top = y(bar.value)
+def _open(title: str, width: int, height: int) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+        f' aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
+    )
+
+
+def _bar(down: float, bar: Bar, label: str, color: str, x: Callable[[float], float]) -> list[str]:
+    start, middle = x(0), down + _BAR_HEIGHT / 2
+    width, height = max(x(bar.value) - start, 0.5), _BAR_HEIGHT - 2
     interval = "" if bar.low is None or bar.high is None else f" ({100 * bar.low:.1f} to {100 * bar.high:.1f})"
+    # A style, as the color may be a variable of the page.
     parts = [
-        f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{width - 2}" height="{max(y(0) - top, 0.5):.1f}" rx="2"'
-        f' fill="{color}"><title>{escape(label)}: {100 * bar.value:.1f} %{interval}</title></rect>'
+        f'<rect x="{start:.1f}" y="{down + 1:.1f}" width="{width:.1f}" height="{height}" rx="2"'
+        f' style="fill:{color}"><title>{escape(label)}: {100 * bar.value:.1f} %{interval}</title></rect>'
     ]
     if bar.low is not None and bar.high is not None:
-        center = left + width / 2
+        low, high = x(bar.low), x(bar.high)
         parts.append(
-            f'<path d="M{center - 3:.1f} {y(bar.high):.1f}h6M{center:.1f} {y(bar.high):.1f}V{y(bar.low):.1f}'
-            f'M{center - 3:.1f} {y(bar.low):.1f}h6" class="whisker"/>'
+            f'<path d="M{low:.1f} {middle - 3:.1f}v6M{low:.1f} {middle:.1f}H{high:.1f}M{high:.1f} {middle - 3:.1f}v6"'
+            ' class="whisker"/>'
         )
+    parts.append(
+        f'<text x="{_BAR_WIDTH - 2}" y="{middle + 4:.1f}" class="tick" text-anchor="end">{100 * bar.value:.1f}</text>'
+    )
     return parts

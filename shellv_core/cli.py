@@ -1,4 +1,4 @@
-"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, serve and chat.
+"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve and chat.
 
 Only the chosen verb's module is imported, so that help answers at once.
 """
@@ -32,6 +32,7 @@ COMMANDS = {
     "model": ("build a model, convert or export a checkpoint", "shellv_core.models.model_command"),
     "estimate": ("estimate the memory that training takes, and what fits", "shellv_core.stages.estimate_command"),
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
+    "compare": ("compare two models' evaluations, or two answer files", "shellv_core.stages.compare_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }

@@ -41,7 +41,7 @@ def one_paragraph(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_verbs_are_frozen() -> None:
     assert set(STAGE_HELP) == set(STAGE_NAMES)
-    assert set(COMMANDS) == {"data", "model", "score", "serve", "chat"}
+    assert set(COMMANDS) == {"data", "model", "estimate", "score", "compare", "serve", "chat"}
 
 
 @pytest.mark.parametrize("verb", [*STAGE_NAMES, *COMMANDS])

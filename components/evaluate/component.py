@@ -15,7 +15,9 @@ def evaluate(
     overrides: list[str],
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
 ) -> str:
     """Judge a model against its blind run and its baseline, with a report.
 
@@ -32,7 +34,7 @@ def evaluate(
     """
     from shellv_core.logs import setup_logging
     from shellv_core.stages import evaluate
-    from shellv_core.stages.artifacts import write_file, write_metrics, write_reference
+    from shellv_core.stages.artifacts import write_confusion, write_file, write_metrics, write_reference
     from shellv_core.stages.presets import stage_config
 
     setup_logging()
@@ -41,5 +43,7 @@ def evaluate(
     result = evaluate.run(stage_config(preset, "evaluate", overrides, **uris))
     write_reference(result, evaluation)
     write_metrics(result, metrics)
+    write_confusion(result, confusion)
     write_file(result, "report.html", report)
+    write_file(result, "summary.md", summary)
     return result.output_uri

@@ -42,6 +42,10 @@ class Benchmark(Protocol):
         """All questions, in file order."""
         ...
 
+    def expected(self, question_id: str) -> str:
+        """What is right, for people to read; empty where nobody knows."""
+        ...
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores of `answers` (question id -> text); what is missing counts as wrong and is counted."""
         ...

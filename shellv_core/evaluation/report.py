@@ -1,66 +1,79 @@
-"""The evaluation report: one HTML file with everything in it."""
+"""The evaluation report, and two models side by side: each one HTML file with everything in it."""
 
 from __future__ import annotations
 
 import base64
+import difflib
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 from shellv_core.charts import Bar, Series, bar_chart
 from shellv_core.evaluation.answers import told
 from shellv_core.evaluation.benchmark import Benchmark, name_of
 from shellv_core.evaluation.benchmarks.chair import Chair
-from shellv_core.evaluation.benchmarks.hal_eval import TYPES
-from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
-from shellv_core.evaluation.suite import BLIND, CANDIDATE, ModelAnswers
-from shellv_core.evaluation.table import mean_yes_ratio, score_rows, unparsed_share
-from shellv_core.evaluation.yes_no import parse_strict
+from shellv_core.evaluation.breakdown import group_shares, published, tables
+from shellv_core.evaluation.evidence import Evidence, confusion, rightness
+from shellv_core.evaluation.naming import BLIND, CANDIDATE, family_of, metric_label, row_label, title_of
+from shellv_core.evaluation.table import mean_yes_ratio, render_table, score_rows, unparsed_share
+from shellv_core.tracking.gate import lower_is_better
 
-LABELS = {
-    "candidate": "candidate",
-    "candidate_blind": "candidate, blind",
-    "without_hacl": "without HACL",
-    "without_hacl_blind": "without HACL, blind",
-}
-COLORS = {
-    "candidate": "#2f5bd0",
-    "candidate_blind": "#b4c5f0",
-    "without_hacl": "#d07a1f",
-    "without_hacl_blind": "#f0d2ab",
-}
-NUM_FAILURES = 6
+# Of each benchmark, and of all together: what a report shows, so that its size has a bound.
+NUM_FAILURES, MAX_FAILURES = 3, 18
+NUM_DIFFERENCES, MAX_DIFFERENCES = 4, 18
 NUM_QUESTIONS = 4
+MAX_TEXT = 600
 PICTURE_SIDE = 240
+MAX_CHART_GROUPS = 24
+MAX_LISTED = 8
+
+_VERDICTS = {"better": "better in", "worse": "worse in", "even": "not measurably different in"}
+
+Keys = Sequence[tuple[str, str]]
+"""Questions: benchmark name and question id."""
+
+Marks = Mapping[str, Callable[[str, str], "list[Span]"]]
+"""Benchmark name -> what to mark in an answer, of question id and text."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a caption: plain, "right" (an object that is there) or "wrong" (one that is not)."""
+    """A piece of an answer: plain, "right" (an object that is there), "wrong" (one that is not), or "other" (not in the
+    other model's answer)."""
 
     text: str
     kind: str = ""
 
 
 @dataclass(frozen=True)
-class QuestionRow:
-    """A yes/no question, its truth and what each row answered, with whether that is right."""
+class Said:
+    """What one run answered, and how right that is from 0 to 1, None where nobody knows."""
 
-    text: str
-    truth: str
-    answers: Sequence[tuple[str, bool]]
+    row: str
+    spans: Sequence[Span]
+    right: float | None
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image of the report with what was said about it."""
+class Reply:
+    """A question, what is right, and what each run said."""
 
-    name: str
+    benchmark: str
+    text: str
+    expected: str
+    said: Sequence[Said]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image with what was said about it."""
+
+    image: str
     data_uri: str
-    objects: Sequence[str]
-    captions: Sequence[tuple[str, Sequence[Span]]] = ()
-    questions: Sequence[QuestionRow] = ()
+    replies: Sequence[Reply]
 
 
 @dataclass
@@ -73,233 +86,131 @@ class Lineage:
 
 def render_report(
     results: Mapping[str, Any],
-    benchmarks: Sequence[Benchmark],
-    models: Mapping[str, ModelAnswers],
+    rows: Mapping[str, Evidence],
     images: Mapping[str, bytes],
     lineage: Lineage,
     num_pictures: int = 8,
+    marks: Marks | None = None,
 ) -> str:
-    """The report of `suite.judge`'s `results` as an HTML document."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    """The report of `suite.judge`'s `results` as an HTML document.
 
-    environment = Environment(
-        loader=PackageLoader("shellv_core.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
-    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
-    rows = score_rows(results)
-    samples, failures = _choose(benchmarks, models, images, num_pictures)
-    return environment.get_template("report.html.jinja").render(
+    Args:
+        results: scores, metrics and comparisons.
+        rows: the evidence that they rest on.
+        images: image name -> encoded file.
+        lineage: where all comes from.
+        num_pictures: how many pictures are shown whatever was said about them.
+        marks: what to mark in answers.
+    """
+    trees = score_rows(results)
+    families = list(dict.fromkeys(map(family_of, results["metrics"][CANDIDATE])))
+    speakers = [*results["models"], f"{CANDIDATE}_{BLIND}"]
+    other = next((row for row in results["models"] if row != CANDIDATE), f"{CANDIDATE}_{BLIND}")
+    cards = _Cards(rows, images, marks or {})
+    num_questions = {
+        family: [len(asked) for name, asked in rows[CANDIDATE].questions.items() if family_of(name) == family]
+        for family in families
+    }
+    return _render(
+        "report.html.jinja",
+        dict.fromkeys(rows),
+        {row: row_label(row) for row in rows},
         lineage=lineage,
         findings=summarize(results),
-        rows=rows,
-        labels=LABELS,
-        colors=COLORS,
-        cards=_cards(rows),
-        charts=[(title, Markup(svg)) for title, svg in _charts(rows)],  # noqa: S704 - built by charts.py, labels escaped
-        splits=[split for split in SPLITS if split in rows[CANDIDATE].get("pope", {})],
-        types=[kind for kind in TYPES if kind in rows[CANDIDATE].get("hal_eval", {})],
-        comparisons=results["comparisons"],
-        metric_labels=_metric_labels(results),
-        samples=samples,
-        failures=failures,
-        speakers=_speakers(models),
+        results=results,
+        families=families,
+        cards=_headlines(results["metrics"], families),
+        charts=_charts(results["metrics"], families, results["confusion"][CANDIDATE], trees),
+        published={family: published(family, trees[CANDIDATE][family], num_questions[family]) for family in families},
+        breakdown={
+            family: tables(family, {row: scores[family] for row, scores in trees.items()}) for family in families
+        },
+        confusion=results["confusion"],
+        other=other,
+        differences=cards.differences(CANDIDATE, other),
+        failures=cards.failures(CANDIDATE, speakers),
+        samples=cards.samples(speakers, num_pictures),
     )
+
+
+def render_comparison(
+    labels: tuple[str, str],
+    rows: tuple[Evidence, Evidence],
+    figures: tuple[Mapping[str, Any], Mapping[str, Any]],
+    comparison: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, bytes],
+) -> str:
+    """Two models on the same questions, as an HTML document.
+
+    Args:
+        labels: what they are called.
+        rows: what they said.
+        figures: metric -> value, low and high of each.
+        comparison: `evidence.compare` of the two.
+        images: image name -> encoded file; pictures that are not there are left out.
+    """
+    names = ("first", "second")
+    metrics = {
+        name: {metric: each for metric, each in of_row.items() if metric in comparison}
+        for name, of_row in zip(names, figures, strict=True)
+    }
+    families = list(dict.fromkeys(map(family_of, comparison)))
+    cards = _Cards(dict(zip(names, rows, strict=True)), images, {})
+    return _render(
+        "comparison.html.jinja",
+        {"first": None, "between": None, "second": None},
+        dict(zip(names, labels, strict=True)),
+        metrics=metrics,
+        comparison=comparison,
+        families=families,
+        charts=_charts(metrics, families, confusion(rows[0]), {}, dict(zip(names, labels, strict=True))),
+        differences=cards.differences(*names),
+    )
+
+
+def render_summary(results: Mapping[str, Any]) -> str:
+    """The findings and the table of headline metrics, as Markdown."""
+    findings = "".join(f"- {sentence}\n" for _, sentence in summarize(results))
+    return f"{findings}\n{render_table(results)}"
 
 
 def summarize(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Findings in words, as (kind, sentence) with kind good, bad or open; says whichever model is ahead."""
     findings = []
-    comparisons = results["comparisons"]
-    labels = _metric_labels(results)
-    blind = comparisons.get(f"{CANDIDATE}_{BLIND}", {})
-    for metric in ("pope_random_accuracy", "pope_adversarial_accuracy", "chair_instance_rate"):
-        if metric in blind:
-            findings.append(_against_blind(metric, labels[metric], blind[metric]))
-    for row, against in comparisons.items():
+    for row, against in results["comparisons"].items():
+        by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
+        for metric, each in against.items():
+            by_verdict[each["verdict"]].append(metric_label(metric))
+        parts = [f"{words} {_listing(by_verdict[key])}" for key, words in _VERDICTS.items() if by_verdict[key]]
+        ahead, behind = bool(by_verdict["better"]), bool(by_verdict["worse"])
+        kind = "open" if ahead == behind else "good" if ahead else "bad"
+        start = f"Against the model {row_label(row)}"
         if row == f"{CANDIDATE}_{BLIND}":
-            continue
-        verdicts = {metric: _verdict(metric, each) for metric, each in against.items()}
-        ahead = [labels[metric] for metric, verdict in verdicts.items() if verdict == "better"]
-        behind = [labels[metric] for metric, verdict in verdicts.items() if verdict == "worse"]
-        even = [labels[metric] for metric, verdict in verdicts.items() if verdict == "even"]
-        sentence = f"Against the model {LABELS.get(row, row)}, the candidate is"
-        parts = [f"better in {_listing(ahead)}"] if ahead else []
-        parts += [f"worse in {_listing(behind)}"] if behind else []
-        parts += [f"not measurably different in {_listing(even)}"] if even else []
-        kind = "open" if bool(ahead) == bool(behind) else ("good" if ahead else "bad")
-        findings.append((kind, f"{sentence} {'; '.join(parts)} (95 % paired intervals)."))
+            kind = "good" if ahead and not behind else "open" if ahead else "bad"
+            use = "The pictures help" if ahead else "The pictures harm" if behind else "No measurable use of pictures"
+            start = f"{use}: with the right ones instead of shuffled ones"
+        findings.append((kind, f"{start}, the candidate is {'; '.join(parts)}."))
     for name, missing in results.get("missing", {}).items():
         effect = "the answers stay unscored" if name == "judge" else "they count as wrong"
-        sentence = f"{missing['count']} answers of {LABELS.get(name, name)} are missing, and {effect}"
+        sentence = f"{missing['count']} answers of {row_label(name)} are missing, and {effect}"
         findings.append(("bad", f"{sentence} ({told(missing['by_reason'])})."))
-    rows = score_rows(results)
-    unparsed = unparsed_share(rows[CANDIDATE])
+    candidate = score_rows(results)[CANDIDATE]
+    unparsed = unparsed_share(candidate)
     if unparsed > 0.01:
-        findings.append(("bad", f"{100 * unparsed:.1f} % of the candidate's yes/no answers say neither yes nor no."))
-    yes = mean_yes_ratio(rows[CANDIDATE])
-    if "pope" in rows[CANDIDATE] and not 0.35 <= yes <= 0.65:
+        findings.append(("bad", f"{100 * unparsed:.1f} % of the candidate's answers say nothing that can be scored."))
+    yes = mean_yes_ratio(candidate)
+    if "pope" in candidate and not 0.35 <= yes <= 0.65:
         findings.append(("bad", f"The candidate says yes to {100 * yes:.0f} % of POPE's questions; half are right."))
     return findings
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a compared metric is the better one."""
-    return metric.endswith("_rate")
+def marks_of(benchmarks: Iterable[Benchmark]) -> Marks:
+    """What to mark in answers to these benchmarks: the objects that captions name."""
 
+    def marker(chair: Chair) -> Callable[[str, str], list[Span]]:
+        return lambda image, caption: highlight(chair, image, caption)
 
-def _verdict(metric: str, comparison: Mapping[str, Any]) -> str:
-    low, high = comparison["low"], comparison["high"]
-    if low <= 0 <= high:
-        return "even"
-    return "better" if (low > 0) != lower_is_better(metric) else "worse"
-
-
-def _against_blind(metric: str, label: str, comparison: Mapping[str, Any]) -> tuple[str, str]:
-    numbers = (
-        f"{100 * comparison['difference']:+.1f} points against its own run with shuffled pictures"
-        f" (95 % interval {100 * comparison['low']:+.1f} to {100 * comparison['high']:+.1f})"
-    )
-    verdict = _verdict(metric, comparison)
-    if verdict == "better":
-        return "good", f"The pictures help: {label} {numbers}."
-    if verdict == "worse":
-        return "bad", f"The pictures harm: {label} {numbers}."
-    return "bad", f"No measurable use of the pictures: {label} {numbers}."
-
-
-def _metric_labels(results: Mapping[str, Any]) -> dict[str, str]:
-    labels = {f"pope_{split}_accuracy": f"POPE {split} accuracy" for split in SPLITS}
-    labels |= {f"hal_eval_{kind}_accuracy": f"Hal-Eval {kind} accuracy" for kind in TYPES}
-    labels["chair_instance_rate"] = "CHAIR instance rate"
-    compared = {metric for comparison in results["comparisons"].values() for metric in comparison}
-    return {metric: label for metric, label in labels.items() if metric in compared}
-
-
-def _listing(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _cards(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Headline figures of the candidate, each with the other rows' beneath."""
-    figures = {
-        "POPE accuracy": lambda scores: _mean(scores, "pope"),
-        "Hal-Eval accuracy": lambda scores: _mean(scores, "hal_eval"),
-        "CHAIR instance rate": lambda scores: scores["chair"]["instance_rate"] if "chair" in scores else None,
-        "object recall": lambda scores: scores["chair"]["recall"] if "chair" in scores else None,
-    }
-    cards = []
-    for title, figure in figures.items():
-        values = {name: figure(scores) for name, scores in rows.items()}
-        if values[CANDIDATE] is not None:
-            hint = "lower is better" if lower_is_better(title.replace(" ", "_")) else "higher is better"
-            cards.append({"title": title, "hint": hint, "values": values})
-    return cards
-
-
-def _mean(scores: Mapping[str, Any], key: str) -> float | None:
-    blocks = list(scores.get(key, {}).values())
-    return sum(block["accuracy"] for block in blocks) / len(blocks) if blocks else None
-
-
-def _charts(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
-    charts = []
-    for key, title, groups in (
-        ("pope", "POPE accuracy, %", SPLITS),
-        ("hal_eval", "Hal-Eval accuracy by type of hallucination, %", TYPES),
-    ):
-        shown = [group for group in groups if group in rows[CANDIDATE].get(key, {})]
-        if shown:
-            series = [
-                Series(LABELS.get(name, name), COLORS.get(name, "#888"), [_bar(scores[key][group]) for group in shown])
-                for name, scores in rows.items()
-            ]
-            charts.append((title, bar_chart(title, shown, series, chance=0.5)))
-    if "chair" in rows[CANDIDATE]:
-        title = "CHAIR, % (rates: lower is better)"
-        series = [
-            Series(
-                LABELS.get(name, name),
-                COLORS.get(name, "#888"),
-                [
-                    Bar(scores["chair"]["instance_rate"], *scores["chair"]["instance_rate_interval"]),
-                    Bar(scores["chair"]["sentence_rate"]),
-                    Bar(scores["chair"]["recall"]),
-                ],
-            )
-            for name, scores in rows.items()
-        ]
-        charts.append((title, bar_chart(title, ["instance", "sentence", "recall"], series)))
-    return charts
-
-
-def _bar(block: Mapping[str, Any]) -> Bar:
-    return Bar(block["accuracy"], *block["accuracy_interval"])
-
-
-def _speakers(models: Mapping[str, ModelAnswers]) -> list[str]:
-    """Rows whose answers are shown beside a picture."""
-    return [*models, f"{CANDIDATE}_{BLIND}"]
-
-
-def _said(models: Mapping[str, ModelAnswers], row: str, benchmark: Benchmark) -> Mapping[str, str]:
-    if row.endswith(f"_{BLIND}"):
-        return models[row.removesuffix(f"_{BLIND}")].blind[name_of(benchmark)]
-    return models[row].sighted[name_of(benchmark)]
-
-
-def _choose(
-    benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers], images: Mapping[str, bytes], num_pictures: int
-) -> tuple[list[Picture], list[Picture]]:
-    """Evenly spaced samples, and the images where the candidate did worst."""
-    chair = next((each for each in benchmarks if isinstance(each, Chair)), None)
-    pope = [each for each in benchmarks if isinstance(each, Pope)]
-    names = list(dict.fromkeys(question.image for question in (chair or benchmarks[0]).questions))
-    # POPE's hardest split tells most.
-    asked = pope[-1] if pope else None
-    in_both = {question.image for question in asked.questions} if asked else set(names)
-    shown = [name for name in names if name in in_both] or names
-    step = max(1, len(shown) // max(1, num_pictures))
-    samples = [_picture(name, chair, asked, models, images) for name in shown[::step][:num_pictures]]
-    if chair is None:
-        return samples, []
-    captions = models[CANDIDATE].sighted[name_of(chair)]
-    faults = {name: len(chair.judge(name, captions.get(name, "")).hallucinated) for name in names}
-    worst = sorted((name for name in names if faults[name]), key=lambda name: -faults[name])[:NUM_FAILURES]
-    return samples, [_picture(name, chair, None, models, images) for name in worst]
-
-
-def _picture(
-    name: str,
-    chair: Chair | None,
-    pope: Pope | None,
-    models: Mapping[str, ModelAnswers],
-    images: Mapping[str, bytes],
-) -> Picture:
-    captions = []
-    if chair is not None:
-        for row in _speakers(models):
-            caption = _said(models, row, chair).get(name, "")
-            captions.append((row, highlight(chair, name, caption)))
-    questions = []
-    asked = [(pope, each) for each in pope.questions if each.image == name] if pope is not None else []
-    for pope, question in asked[:NUM_QUESTIONS]:
-        truth = pope.truth[question.question_id]
-        answers = [_said(models, row, pope).get(question.question_id, "") for row in _speakers(models)]
-        questions.append(
-            QuestionRow(
-                question.prompt,
-                "yes" if truth else "no",
-                [(text or "(nothing)", parse_strict(text) is truth) for text in answers],
-            )
-        )
-    objects = sorted(chair.present[name]) if chair else ()
-    return Picture(name, _data_uri(images[name]), objects, captions, questions)
+    return {name_of(each): marker(each) for each in benchmarks if isinstance(each, Chair)}
 
 
 def highlight(chair: Chair, image: str, caption: str) -> list[Span]:
@@ -312,6 +223,218 @@ def highlight(chair: Chair, image: str, caption: str) -> list[Span]:
         spans.append(Span(caption[mention.start : mention.end], kind))
         end = mention.end
     return [span for span in [*spans, Span(caption[end:])] if span.text]
+
+
+def contrast(text: str, other: str) -> list[Span]:
+    """`text` in pieces, what `other` does not say marked."""
+    ours, theirs = (re.findall(r"\s*\S+", each) for each in (text, other))
+    matcher = difflib.SequenceMatcher(
+        None, [word.strip().lower() for word in ours], [word.strip().lower() for word in theirs], autojunk=False
+    )
+    spans = []
+    for change, start, end, _, _ in matcher.get_opcodes():
+        piece = "".join(ours[start:end])
+        gap = piece[: len(piece) - len(piece.lstrip())]
+        spans += [Span(gap), Span(piece[len(gap) :], "" if change == "equal" else "other")]
+    return [span for span in spans if span.text]
+
+
+class _Cards:
+    """Chooses images and makes their cards."""
+
+    def __init__(self, rows: Mapping[str, Evidence], images: Mapping[str, bytes], marks: Marks) -> None:
+        self._rows, self._images, self._marks = rows, images, marks
+        self._questions = next(iter(rows.values())).questions
+        self._right = {
+            row: {name: rightness(evidence, name) for name in self._questions} for row, evidence in rows.items()
+        }
+        self._uris: dict[str, str] = {}
+
+    def samples(self, speakers: Sequence[str], count: int) -> list[Card]:
+        """Evenly spaced images with the questions about them."""
+        asked: dict[str, list[tuple[str, str]]] = {}
+        for name, questions in self._questions.items():
+            for key, each in questions.items():
+                asked.setdefault(each.question.image, []).append((name, key))
+        asked.pop("", None)
+        # Those that most benchmarks ask about say most.
+        most = max((len({name for name, _ in keys}) for keys in asked.values()), default=0)
+        shown = [image for image, keys in asked.items() if len({name for name, _ in keys}) == most]
+        step = max(1, len(shown) // max(1, count))
+        return [self._card(_spread(asked[image], NUM_QUESTIONS), speakers) for image in shown[::step][:count]]
+
+    def failures(self, row: str, speakers: Sequence[str]) -> list[Card]:
+        """The images of each benchmark about which `row` was wrong most, with the questions that it failed."""
+        chosen = []
+        for name, questions in self._questions.items():
+            faults: dict[str, list[tuple[float, str]]] = {}
+            for key, right in self._right[row][name].items():
+                if right < 1:
+                    faults.setdefault(questions[key].question.image or key, []).append((1 - right, key))
+            worst = sorted(faults.values(), key=lambda keys: -sum(fault for fault, _ in keys))
+            chosen.append([[(name, key) for _, key in sorted(keys, key=lambda each: -each[0])] for keys in worst])
+        return [self._card(keys[:NUM_QUESTIONS], speakers) for keys in self._once(chosen, NUM_FAILURES, MAX_FAILURES)]
+
+    def differences(self, first: str, second: str) -> list[Card]:
+        """Questions of each benchmark on which the two differ most, the first behind and ahead in turn."""
+        chosen = []
+        for name in self._questions:
+            right = {row: self._right[row][name] for row in (first, second)}
+            gaps = {key: right[first][key] - right[second][key] for key in right[first] if key in right[second]}
+            ahead = sorted((key for key in gaps if gaps[key] > 0), key=lambda key: -gaps[key])
+            behind = sorted((key for key in gaps if gaps[key] < 0), key=lambda key: gaps[key])
+            chosen.append([[(name, key)] for key in _in_turn([behind, ahead])])
+        return [
+            self._card(keys, (first, second), contrasted=True)
+            for keys in self._once(chosen, NUM_DIFFERENCES, MAX_DIFFERENCES)
+        ]
+
+    def _once(self, chosen: Sequence[Sequence[Keys]], of_each: int, count: int) -> list[Keys]:
+        """The first of each benchmark in turn, but none that asks what another has asked about the same image."""
+        seen: set[tuple[str, str]] = set()
+        kept: list[list[Keys]] = [[] for _ in chosen]
+        for place, candidates in enumerate(chosen):
+            for keys in candidates:
+                questions = [self._questions[name][key].question for name, key in keys]
+                asked = {(each.image, each.prompt) for each in questions}
+                if len(kept[place]) < of_each and seen.isdisjoint(asked):
+                    seen |= asked
+                    kept[place].append(keys)
+        return _in_turn(kept)[:count]
+
+    def _card(self, keys: Keys, speakers: Sequence[str], contrasted: bool = False) -> Card:
+        """A card of questions about one image."""
+        image = next(self._questions[name][key].question.image for name, key in keys)
+        replies = []
+        for name, key in keys:
+            asked = self._questions[name][key]
+            texts = {row: _clip(self._rows[row].answers[name].get(key, "")) for row in speakers}
+            said = []
+            for row, text in texts.items():
+                if name in self._marks:
+                    spans = self._marks[name](key, text)
+                elif contrasted:
+                    spans = contrast(text, next(each for other, each in texts.items() if other != row))
+                else:
+                    spans = [Span(text)] if text else []
+                said.append(Said(row, spans, self._right[row][name].get(key)))
+            title = metric_label(name)
+            replies.append(Reply(title, _clip(asked.question.prompt), _clip(asked.expected), said))
+        return Card(image, self._data_uri(image), replies)
+
+    def _data_uri(self, name: str) -> str:
+        if name not in self._uris:
+            self._uris[name] = _data_uri(self._images[name]) if name in self._images else ""
+        return self._uris[name]
+
+
+def _render(template: str, rows: Mapping[str, Any], labels: Mapping[str, str], **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("shellv_core.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
+    environment.filters["p"] = lambda value: "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    environment.filters["metric"] = metric_label
+    environment.filters["family"] = family_of
+    environment.filters["title_of"] = title_of
+    environment.globals["lower_is_better"] = lower_is_better
+    colors = {row: _color(place) for place, row in enumerate(rows)}
+    return environment.get_template(template).render(labels=labels, colors=colors, **values)
+
+
+def _color(place: int) -> str:
+    return f"var(--row-{place % 4})"
+
+
+def _headlines(metrics: Mapping[str, Any], families: Sequence[str]) -> list[dict[str, Any]]:
+    """For each benchmark its metrics' mean, or its first metric where they measure different things."""
+    cards = []
+    for family in families:
+        names = [name for name in metrics[CANDIDATE] if family_of(name) == family]
+        same = len({name.rpartition("_")[2] for name in names}) == 1
+        shown = names if same else names[:1]
+        values = {row: sum(of_row[name]["value"] for name in shown) / len(shown) for row, of_row in metrics.items()}
+        title = f"{title_of(family)} {names[0].rpartition('_')[2]}" if len(shown) > 1 else metric_label(names[0])
+        hint = "lower is better" if lower_is_better(names[0]) else "higher is better"
+        cards.append({"title": title, "hint": hint, "figures": values})
+    return cards
+
+
+def _charts(
+    metrics: Mapping[str, Any],
+    families: Sequence[str],
+    yes_no: Container[str],
+    trees: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, str] | None = None,
+) -> list[tuple[str, Any]]:
+    from markupsafe import Markup
+
+    places = {row: place for place, row in enumerate(metrics)} if trees else {"first": 0, "second": 2}
+    named = labels or {row: row_label(row) for row in metrics}
+    drawn = []
+    for family in families:
+        names = [name for name in next(iter(metrics.values())) if family_of(name) == family]
+        marked = [
+            metric_label(name).removeprefix(title_of(family)).strip() + " (lower is better)" * lower_is_better(name)
+            for name in names
+        ]
+        figures = {
+            row: [Bar(of_row[name]["value"], of_row[name]["low"], of_row[name]["high"]) for name in names]
+            for row, of_row in metrics.items()
+        }
+        # Half of the questions are a yes.
+        chance = 0.5 if family in yes_no and all(name.endswith("_accuracy") for name in names) else None
+        drawn.append((title_of(family), marked, figures, chance))
+        groups = {row: group_shares(scores[family]) for row, scores in trees.items()}
+        shown = list(groups.get(CANDIDATE, {}))[:MAX_CHART_GROUPS]
+        if len(shown) > 1 and len(shown) != len(names):
+            bars = {row: [Bar(shares.get(group, 0.0)) for group in shown] for row, shares in groups.items()}
+            drawn.append((f"{title_of(family)} by type", shown, bars, None))
+    return [
+        (
+            title,
+            # Built by charts.py, labels escaped.
+            Markup(  # noqa: S704
+                bar_chart(
+                    f"{title}, %",
+                    groups,
+                    [Series(named[row], _color(places[row]), bars) for row, bars in figures.items()],
+                    chance,
+                )
+            ),
+        )
+        for title, groups, figures, chance in drawn
+    ]
+
+
+def _listing(names: Sequence[str]) -> str:
+    if len(names) > MAX_LISTED:
+        return f"{len(names)} metrics"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _in_turn(lists: Iterable[Sequence[Any]]) -> list[Any]:
+    """The first of each list, then the second of each, and so on."""
+    return [each for each in chain.from_iterable(zip_longest(*lists)) if each is not None]
+
+
+def _spread(keys: Keys, count: int) -> Keys:
+    """Up to `count` questions, of as many benchmarks as there are."""
+    by_benchmark: dict[str, list[tuple[str, str]]] = {}
+    for key in keys:
+        by_benchmark.setdefault(key[0], []).append(key)
+    return sorted(_in_turn(by_benchmark.values())[:count], key=keys.index)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 def _data_uri(data: bytes) -> str:

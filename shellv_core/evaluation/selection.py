@@ -61,9 +61,8 @@ def read_selected(selections: Sequence[BenchmarkFiles]) -> Selected:
     images: dict[str, bytes | Path] = {}
     contents: list[object] = []
     for selection in selections:
-        entry = find(selection.name)
-        files = _files(entry, selection)
-        benchmark = entry.open(files.pop("questions", None), **files)
+        files = _files(find(selection.name), selection)
+        benchmark = open_benchmark(selection)
         if any(benchmark.key == other.key for other in benchmarks):
             raise EvaluationError(
                 f"two of the selected benchmarks are called {name_of(benchmark)}; give them options that tell them"
@@ -79,6 +78,18 @@ def read_selected(selections: Sequence[BenchmarkFiles]) -> Selected:
     # What an image file holds counts by its questions' file and its own bytes.
     contents += [[name, sha256_of(image)] for name, image in sorted(images.items()) if isinstance(image, Path)]
     return Selected(benchmarks, images, fingerprint(contents))
+
+
+def open_benchmark(selection: BenchmarkFiles) -> Benchmark:
+    """The selected benchmark, without its images.
+
+    Raises:
+        ConfigError: if it has no such option.
+        EvaluationError: if it is unknown, or a file is missing or cannot be read.
+    """
+    entry = find(selection.name)
+    files = _files(entry, selection)
+    return entry.open(files.pop("questions", None), **files)
 
 
 def _files(entry: Entry, selection: BenchmarkFiles) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,19 @@ from shellv_core.evaluation.answers import (
     derange,
     plan_prompts,
 )
-from shellv_core.evaluation.benchmark import Benchmark, Outcomes, Scores, name_of
+from shellv_core.evaluation.benchmark import Benchmark, Scores, name_of
 from shellv_core.evaluation.benchmarks.chair import Chair
 from shellv_core.evaluation.benchmarks.hal_eval import HalEval
 from shellv_core.evaluation.benchmarks.pope import SPLITS, Pope
+from shellv_core.evaluation.evidence import Answers, Evidence, compare, confusion, figures, questions_of
+from shellv_core.evaluation.naming import BLIND, CANDIDATE
 from shellv_core.evaluation.rows import read_rows
-from shellv_core.evaluation.statistics import bootstrap_interval, compare_paired
 
-CANDIDATE, BASELINE = "candidate", "without_hacl"
-BLIND = "blind"
 POPE_NAME = "benchmarks/pope/{split}.jsonl"
 HAL_EVAL_NAME = "benchmarks/hal_eval/scenes.json"
 CHAIR_NAME = "benchmarks/chair/scenes.jsonl"
 # Details of a score that do not become metrics of their own.
 _NOT_FLAT = frozenset({"author_rule", "parsed_only", "counts"})
-
-Answers = dict[str, dict[str, str]]
-"""Benchmark name -> question id -> text."""
 
 
 @dataclass(frozen=True)
@@ -165,40 +161,56 @@ def shuffle_images(benchmarks: Iterable[Benchmark], seed: int) -> dict[str, str]
     return derange(needed_images(benchmarks), seed)
 
 
-def judge(benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers], seed: int) -> dict[str, Any]:
-    """Results of all models: scores, intervals and paired comparisons.
+def gather(
+    benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers], scored: Mapping[str, ModelAnswers]
+) -> dict[str, Evidence]:
+    """Row (``candidate``, ``candidate_blind``, ...) -> what it said and how right that was.
+
+    Args:
+        models: what the models said.
+        scored: the same, of benchmarks that need a judge the judge's words.
+    """
+    questions = questions_of(benchmarks)
+    rows = {}
+    for name, answers in models.items():
+        for row, said, words in (
+            (name, answers.sighted, scored[name].sighted),
+            (f"{name}_{BLIND}", answers.blind, scored[name].blind),
+        ):
+            outcomes = {
+                metric: parts
+                for benchmark in benchmarks
+                for metric, parts in benchmark.outcomes(words[name_of(benchmark)]).items()
+            }
+            rows[row] = Evidence(questions, said, outcomes)
+    return rows
+
+
+def judge(
+    benchmarks: Sequence[Benchmark], scored: Mapping[str, ModelAnswers], rows: Mapping[str, Evidence], seed: int
+) -> dict[str, Any]:
+    """Results of all models: scores, headline metrics with intervals, and paired comparisons.
 
     Returns:
         ``{"models": {name: {"pope": {split: scores}, "pope_blind": ..., "hal_eval": {type: scores}, ...}},
-        "comparisons": {"candidate_blind": {metric: comparison}, "without_hacl": ...}}``; a comparison is that of the
-        candidate with its own blind run or with another model, its difference candidate minus other.
+        "metrics": {row: {metric: {"value", "low", "high"}}},
+        "comparisons": {"candidate_blind": {metric: comparison}, "without_hacl": ...},
+        "confusion": {row: counts}}``; a comparison is that of the candidate with its own blind run or with another
+        model, its difference candidate minus other.
     """
-    results: dict[str, Any] = {"models": {}, "comparisons": {}}
-    for name, answers in models.items():
-        tree: Scores = {}
+    trees: dict[str, Scores] = {}
+    for name, answers in scored.items():
+        trees[name] = {}
         for benchmark in benchmarks:
             for said, suffix in ((answers.sighted, ""), (answers.blind, f"_{BLIND}")):
-                _place(tree, benchmark.key, suffix, _score(benchmark, said[name_of(benchmark)], seed))
-        results["models"][name] = tree
-    outcomes = outcomes_of(benchmarks, models)
-    for name, other in outcomes.items():
-        if name == f"{CANDIDATE}_{BLIND}" or (name in models and name != CANDIDATE):
-            results["comparisons"][name] = {
-                metric: asdict(compare_paired(outcomes[CANDIDATE][metric], other[metric], seed=seed))
-                for metric in other
-            }
-    return results
-
-
-def outcomes_of(benchmarks: Sequence[Benchmark], models: Mapping[str, ModelAnswers]) -> dict[str, dict[str, Outcomes]]:
-    """Row (``candidate``, ``candidate_blind``, ...) -> flat metric -> outcomes."""
-    rows: dict[str, dict[str, Outcomes]] = {}
-    for name, answers in models.items():
-        for row, said in ((name, answers.sighted), (f"{name}_{BLIND}", answers.blind)):
-            rows[row] = {}
-            for benchmark in benchmarks:
-                rows[row].update(benchmark.outcomes(said[name_of(benchmark)]))
-    return rows
+                _place(trees[name], benchmark.key, suffix, benchmark.score(said[name_of(benchmark)]))
+    against = [f"{CANDIDATE}_{BLIND}", *(name for name in scored if name != CANDIDATE)]
+    return {
+        "models": trees,
+        "metrics": {row: figures(evidence, seed) for row, evidence in rows.items()},
+        "comparisons": {row: compare(rows[CANDIDATE], rows[row], seed) for row in against},
+        "confusion": {row: confusion(evidence) for row, evidence in rows.items()},
+    }
 
 
 def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
@@ -211,6 +223,11 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
             blind = key.endswith(f"_{BLIND}")
             start = prefix + (f"{BLIND}_{key.removesuffix(f'_{BLIND}')}" if blind else key)
             flat.update(_flatten(start, scores))
+    for row, metrics in results["metrics"].items():
+        model = row.removesuffix(f"_{BLIND}")
+        prefix = ("" if model == CANDIDATE else f"{model}_") + ("" if model == row else f"{BLIND}_")
+        for metric, figure in metrics.items():
+            flat.setdefault(prefix + metric, figure["value"])
     return flat
 
 
@@ -222,14 +239,6 @@ def _by_benchmark(benchmarks: Sequence[Benchmark], answered: Answered, substitut
         blind={name_of(each): answers_to(each, answered.texts, substitutes) for each in benchmarks},
         missing=missing,
     )
-
-
-def _score(benchmark: Benchmark, answers: Mapping[str, str], seed: int) -> Scores:
-    scores = benchmark.score(answers)
-    if isinstance(benchmark, Chair):
-        parts = list(benchmark.outcomes(answers)["chair_instance_rate"].values())
-        scores["instance_rate_interval"] = list(bootstrap_interval(parts, seed=seed))
-    return scores
 
 
 def _place(tree: Scores, key: tuple[str, ...], suffix: str, scores: Scores) -> None:

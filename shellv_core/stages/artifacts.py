@@ -46,6 +46,33 @@ def write_file(result: StageResult, name: str, artifact: Artifact) -> None:
     shutil.copyfile(InputDirectory(result.output_uri).fetch(name), path)
 
 
+class ConfusionArtifact(Artifact, Protocol):
+    """An output artifact that shows a confusion matrix."""
+
+    def log_confusion_matrix(self, categories: list[str], matrix: list[list[int]]) -> None:
+        """Show `matrix`, a row for each true category and a column for each answered one."""
+
+
+def write_confusion(result: StageResult, artifact: ConfusionArtifact) -> None:
+    """Show how the candidate answered its yes/no questions, of the first benchmark that has them; POPE before others.
+
+    The counts of all benchmarks and runs (JSON) go to the artifact's file.
+
+    Raises:
+        ObjectNotFoundError: if the output has no results.json.
+    """
+    results = json.loads(InputDirectory(result.output_uri).fetch("results.json").read_bytes())
+    confusion = results["confusion"]
+    counts = min(confusion["candidate"].items(), key=lambda each: each[0] != "pope", default=None)
+    if counts is not None:
+        categories = list(next(iter(counts[1].values())))
+        # Nothing is neither in truth.
+        matrix = [list(counts[1].get(right, dict.fromkeys(categories, 0)).values()) for right in categories]
+        artifact.log_confusion_matrix(categories, matrix)
+        artifact.metadata["benchmark"] = counts[0]
+    _write_json(Path(artifact.path), confusion)
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

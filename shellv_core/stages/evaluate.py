@@ -69,10 +69,10 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig) -> StageResult:
     """Answer, score, compare and report.
 
-    Output: ``report.html``, ``results.json``, ``outcomes.json`` (per question, for paired tests with later models),
-    ``answers/*.jsonl``, and where there are any ``judgments/*.jsonl`` and ``missing.json``. Metrics are flat:
-    ``pope_random_accuracy`` is the candidate's, ``blind_...`` its blind run's, ``without_hacl_...`` and
-    ``without_hacl_blind_...`` the baseline's.
+    Output: ``report.html``, ``summary.md``, ``results.json``, ``outcomes.json`` (per question, for paired tests with
+    later models), ``questions/*.jsonl``, ``answers/*.jsonl``, and where there are any ``judgments/*.jsonl`` and
+    ``missing.json``. Metrics are flat: ``pope_random_accuracy`` is the candidate's, ``blind_...`` its blind run's,
+    ``without_hacl_...`` and ``without_hacl_blind_...`` the baseline's.
 
     An endpoint that fails leaves questions unanswered. They count as wrong and as missing, the output is written, and
     then the run fails if they are more than `max_missing_share` allows; the next run asks them again.
@@ -231,15 +231,18 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
 
     from shellv_core.evaluation.answers import answer_rows
     from shellv_core.evaluation.benchmark import name_of
-    from shellv_core.evaluation.report import render_report
-    from shellv_core.evaluation.suite import count_missing, flat_metrics, judge, outcomes_of
+    from shellv_core.evaluation.evidence import ANSWERS_NAME, OUTCOMES_NAME, QUESTIONS_NAME, question_rows
+    from shellv_core.evaluation.naming import CANDIDATE
+    from shellv_core.evaluation.report import marks_of, render_report, render_summary
+    from shellv_core.evaluation.suite import count_missing, flat_metrics, gather, judge
 
     config = run.config
     asking = _Asking(task, run.inputs)
     benchmarks, images, substitutes = asking.benchmarks, asking.images, asking.substitutes
     models = asking.ask(run.work, _parts_at(run.output, run.work))
     scored, judgments = _judged(run, asking, models)
-    results = judge(benchmarks, scored, config.seed)
+    rows = gather(benchmarks, models, scored)
+    results = judge(benchmarks, scored, rows, config.seed)
     lacking = {name: answers.missing for name, answers in models.items()}
     if judgments:
         lacking["judge"] = {
@@ -254,13 +257,18 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     for name, answers in models.items():
         for benchmark in benchmarks:
             key = name_of(benchmark)
-            _put_rows(run, f"answers/{name}-{key}.jsonl", answer_rows(benchmark, answers.sighted[key]))
+            sighted = answer_rows(benchmark, answers.sighted[key])
+            _put_rows(run, ANSWERS_NAME.format(row=name, benchmark=key), sighted)
             blind = answer_rows(benchmark, answers.blind[key], substitutes)
             _put_rows(run, f"answers/{name}-{key}-blind.jsonl", blind)
+    for key, asked in rows[CANDIDATE].questions.items():
+        _put_rows(run, QUESTIONS_NAME.format(benchmark=key), question_rows(asked))
     run.output.put_bytes(_json(results), "results.json")
-    run.output.put_bytes(json.dumps(outcomes_of(benchmarks, scored)).encode(), "outcomes.json")
-    report = render_report(results, benchmarks, models, images, _lineage(run, task), config.num_sample_pictures)
+    outcomes = {row: evidence.outcomes for row, evidence in rows.items()}
+    run.output.put_bytes(json.dumps(outcomes).encode(), OUTCOMES_NAME)
+    report = render_report(results, rows, images, _lineage(run, task), config.num_sample_pictures, marks_of(benchmarks))
     run.output.put_bytes(report.encode(), "report.html")
+    run.output.put_bytes(render_summary(results).encode(), "summary.md")
     questions = {name_of(benchmark): len(benchmark.questions) for benchmark in benchmarks}
     run.details.update(
         questions=questions,
@@ -284,7 +292,7 @@ class _Asking:
         data = inputs.get("data")
         own = [] if data is None else _read_benchmarks(task.config, data)
         self.benchmarks: list[Benchmark] = [*own, *task.benchmarks]
-        of_data = {} if data is None else _read_images(data, needed_images(own))
+        of_data = {} if data is None else read_images(data, needed_images(own))
         _check_apart(task, of_data)
         self.images: Mapping[str, bytes] = Images([of_data, task.images])
         self.substitutes = shuffle_images(self.benchmarks, task.config.seed)
@@ -295,7 +303,8 @@ class _Asking:
     ) -> dict[str, ModelAnswers]:
         """What each model says, or said before into `folder`."""
         from shellv_core.evaluation.answers import Shard
-        from shellv_core.evaluation.suite import BASELINE, CANDIDATE, ask_models
+        from shellv_core.evaluation.naming import BASELINE, CANDIDATE
+        from shellv_core.evaluation.suite import ask_models
 
         shard = shard or Shard()
         sources = {CANDIDATE: "model", BASELINE: "baseline"}
@@ -510,7 +519,8 @@ def _read_benchmarks(config: EvaluateConfig, data: InputDirectory) -> list[Bench
     )
 
 
-def _read_images(data: InputDirectory, names: set[str]) -> dict[str, bytes]:
+def read_images(data: InputDirectory, names: set[str]) -> dict[str, bytes]:
+    """Those of the validation images of prepare_data's output that are named."""
     from shellv_core.data.shards import read_shards
 
     return {

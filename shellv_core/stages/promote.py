@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
 
 if TYPE_CHECKING:
+    from shellv_core.evaluation.statistics import PairedComparison
     from shellv_core.storage import Manifest
-    from shellv_core.tracking.gate import Interval, Thresholds
+    from shellv_core.tracking.gate import Thresholds
     from shellv_core.tracking.registry import ModelRegistry, RegisteredVersion
 
-OUTCOMES_NAME = "outcomes.json"
 MAX_TAG_LENGTH = 4900  # MLflow keeps 5000 characters
 
 
@@ -52,7 +51,7 @@ def run(config: PromoteConfig) -> StageResult:
 def _stands(config: PromoteConfig, committed: Manifest) -> bool:
     from shellv_core.tracking.registry import CANDIDATE, CHAMPION, ModelRegistry
 
-    if _read_thresholds(config.thresholds_uri).model_dump() != committed.details["thresholds"]:
+    if _read_thresholds(config.thresholds_uri).model_dump(mode="json") != committed.details["thresholds"]:
         return False
     registry = ModelRegistry(config.registered_model)
     now = [found.version if found else None for found in map(registry.find, (CANDIDATE, CHAMPION))]
@@ -112,7 +111,7 @@ def _body(run: StageRun[PromoteConfig]) -> None:
         decision="promoted" if verdict.promoted else "rejected",
         promoted=verdict.promoted,
         reasons=verdict.reasons,
-        thresholds=thresholds.model_dump(),
+        thresholds=thresholds.model_dump(mode="json"),
         champion_version=now_champion.version if now_champion else None,
         compared_with_version=rival.version if rival else None,
     )
@@ -146,34 +145,34 @@ def _read_thresholds(uri: str) -> Thresholds:
 
 def _compare(
     run: StageRun[PromoteConfig], champion: RegisteredVersion, thresholds: Thresholds
-) -> tuple[dict[str, float], dict[str, Interval]]:
-    """The champion's metrics, and paired intervals of what both evaluations asked alike."""
-    import json
-
+) -> tuple[dict[str, float], dict[str, PairedComparison]]:
+    """The champion's metrics, and paired comparisons of what both evaluations asked alike."""
     from shellv_core.errors import PromotionError, StorageError
+    from shellv_core.evaluation.evidence import read_evaluation, same_questions
     from shellv_core.evaluation.statistics import compare_paired
     from shellv_core.storage import InputDirectory
+    from shellv_core.tracking.gate import ALL
     from shellv_core.tracking.registry import EVALUATION_TAG
 
     evaluation = run.inputs["evaluation"]
     try:
         previous = InputDirectory(champion.tags.get(EVALUATION_TAG, ""))
-        old: Mapping[str, Any] = json.loads(previous.fetch(OUTCOMES_NAME).read_bytes())
+        if not same_questions(evaluation, previous):
+            return previous.manifest.metrics, {}
+        new, old = read_evaluation(evaluation), read_evaluation(previous)
     except StorageError as error:
         raise PromotionError(
             f"the champion (version {champion.version} of {champion.name!r}) has no readable evaluation"
             f" ({error}) Restore it, evaluate and promote that version again, or delete the alias 'champion'."
         ) from None
-    data, old_data = (each.manifest.inputs.get("data") for each in (evaluation, previous))
-    if data is None or old_data is None or data.content_sha256 != old_data.content_sha256:
-        return previous.manifest.metrics, {}
-    new: Mapping[str, Any] = json.loads(evaluation.fetch(OUTCOMES_NAME).read_bytes())
-    intervals = {}
-    for metric in thresholds.not_worse_than_champion:
-        if metric in new["candidate"] and metric in old["candidate"]:
-            compared = compare_paired(new["candidate"][metric], old["candidate"][metric], seed=run.config.seed)
-            intervals[metric] = (compared.low, compared.high)
-    return previous.manifest.metrics, intervals
+    both = [metric for metric in new.outcomes if old.outcomes.get(metric) and new.outcomes[metric]]
+    asked = {*thresholds.not_worse_than_champion, *thresholds.require_gain}
+    asked.update(both if thresholds.no_loss == ALL else thresholds.no_loss)
+    return previous.manifest.metrics, {
+        metric: compare_paired(new.outcomes[metric], old.outcomes[metric], new.clusters(metric), seed=run.config.seed)
+        for metric in both
+        if metric in asked
+    }
 
 
 def _record(run: StageRun[PromoteConfig], registry: ModelRegistry) -> None:

@@ -6,8 +6,9 @@ Knows nothing of MLflow, of models or of how the metrics came about. Metrics hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -15,14 +16,44 @@ from shellv_core.config import Config, build_config, nearest
 from shellv_core.errors import ConfigError, PromotionError
 
 Metrics = Mapping[str, float]
-Interval = tuple[float, float]
 
-LOWER_IS_BETTER = ("_instance_rate", "_sentence_rate", "_unparsed_share", "_num_unparsed", "_num_missing")
+LOWER_IS_BETTER = (
+    "_instance_rate",
+    "_sentence_rate",
+    "_hallucination_rate",
+    "_chair",
+    "_hal",
+    "_cog",
+    "_unparsed_share",
+    "_num_unparsed",
+    "_num_missing",
+)
 BLIND_PREFIX = "blind_"
+ALL = "all"
+
+
+class Paired(Protocol):
+    """Candidate minus champion on the same questions, its 95 % interval and two-sided p-value."""
+
+    @property
+    def difference(self) -> float:
+        """Candidate minus champion."""
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, not adjusted."""
 
 
 class Thresholds(Config):
-    """What a candidate must show. Each section maps metric names to numbers; empty sections ask for nothing.
+    """What a candidate must show; empty sections ask for nothing. The first four map metric names to numbers.
 
     Attributes:
         minimum: the candidate's metric is at least this.
@@ -30,16 +61,23 @@ class Thresholds(Config):
         gain_over_blind: the metric is better than that of its own run with shuffled pictures by at least this.
         not_worse_than_champion: the margin by which the metric may be worse than the champion's. Where both were asked
             the same questions, the whole paired interval must lie within it; else the two values must.
+        require_gain: metrics that must each be significantly better than the champion's, on the same questions.
+        no_loss: metrics none of which may be significantly worse than the champion's, or ``all`` that both have.
+        alpha: significance of `require_gain` and of `no_loss`; each list is tested at this level as a whole, by Holm's
+            method.
     """
 
     minimum: dict[str, float] = Field(default_factory=dict)
     maximum: dict[str, float] = Field(default_factory=dict)
     gain_over_blind: dict[str, float] = Field(default_factory=dict)
     not_worse_than_champion: dict[str, float] = Field(default_factory=dict)
+    require_gain: tuple[str, ...] = ()
+    no_loss: Literal["all"] | tuple[str, ...] = ()
+    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> Thresholds:
-        if not any((self.minimum, self.maximum, self.gain_over_blind, self.not_worse_than_champion)):
+        if not any(getattr(self, section) for section in type(self).model_fields if section != "alpha"):
             raise ValueError("no rule is given, so every candidate would pass; state at least one metric")
         negative = [name for name, margin in self.not_worse_than_champion.items() if margin < 0]
         if negative:
@@ -86,7 +124,7 @@ def read_thresholds(content: str, source: str) -> Thresholds:
             f" {', '.join(Thresholds.model_fields)} is expected."
         )
     try:
-        return build_config(Thresholds, {key: value or {} for key, value in values.items()})
+        return build_config(Thresholds, {key: value for key, value in values.items() if value is not None})
     except ConfigError as error:
         raise PromotionError(f"the thresholds file {source}: {error}") from None
 
@@ -95,14 +133,14 @@ def decide(
     candidate: Metrics,
     champion: Metrics | None,
     thresholds: Thresholds,
-    paired: Mapping[str, Interval] | None = None,
+    paired: Mapping[str, Paired] | None = None,
 ) -> Verdict:
     """Apply every rule; the candidate is promoted if all hold.
 
     Args:
         candidate: its metrics, those of its blind run included.
         champion: the champion's metrics, None where there is no champion yet (its rules then hold).
-        paired: metric -> 95 % interval of candidate minus champion, where they were asked the same questions.
+        paired: metric -> comparison of candidate and champion, where they were asked the same questions.
 
     Raises:
         PromotionError: if a rule names a metric that is not there, with the nearest name.
@@ -118,13 +156,27 @@ def decide(
     ]
     checks += [_against_blind(candidate, name, gain) for name, gain in thresholds.gain_over_blind.items()]
     if champion is not None:
+        paired = paired or {}
         checks += [
-            _against_champion(candidate[name], champion[name], name, margin, (paired or {}).get(name))
+            _against_champion(candidate[name], champion[name], name, margin, paired.get(name))
             for name, margin in thresholds.not_worse_than_champion.items()
         ]
-    elif thresholds.not_worse_than_champion:
+        checks += _gains(paired, thresholds.require_gain, thresholds.alpha)
+        checks += _losses(paired, thresholds.no_loss, thresholds.alpha)
+    elif thresholds.not_worse_than_champion or thresholds.require_gain or thresholds.no_loss:
         checks.append(Check(True, "there is no champion to compare with"))
     return Verdict(all(check.passed for check in checks), tuple(checks))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values adjusted by Holm's method: to call those below alpha significant makes any false claim among all of them
+    less likely than alpha."""
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
 
 
 def lower_is_better(name: str) -> bool:
@@ -141,15 +193,69 @@ def _against_blind(candidate: Metrics, name: str, gain: float) -> Check:
     )
 
 
-def _against_champion(value: float, other: float, name: str, margin: float, interval: Interval | None) -> Check:
+def _against_champion(value: float, other: float, name: str, margin: float, paired: Paired | None) -> Check:
     sign = -1.0 if lower_is_better(name) else 1.0
-    if interval is None:
+    if paired is None:
         gain, how = sign * (value - other), "on other questions, unpaired"
     else:
-        gain, how = min(sign * bound for bound in interval), "worst end of the 95 % interval on the same questions"
+        gain = min(sign * bound for bound in (paired.low, paired.high))
+        how = "worst end of the 95 % interval on the same questions"
     return Check(
         gain >= -margin,
         f"{name} is {value:.4f}, the champion's {other:.4f}: gain {gain:+.4f} ({how}), at least {-margin:+g} is needed",
+    )
+
+
+def _gains(paired: Mapping[str, Paired], names: Iterable[str], alpha: float) -> list[Check]:
+    """One check for each metric that must be better: each is a claim of its own, so that they are adjusted together."""
+    adjusted = holm({name: paired[name].p_value for name in names if name in paired})
+    return [
+        Check(
+            gain_of(name, paired[name]) > 0 and adjusted[name] <= alpha,
+            f"{_told(name, paired[name], adjusted[name])}; a significant gain (at most {alpha:g}) is needed",
+        )
+        if name in paired
+        else _untested(name, "gain")
+        for name in names
+    ]
+
+
+def _losses(paired: Mapping[str, Paired], names: str | Iterable[str], alpha: float) -> list[Check]:
+    """One check for each metric that must not be worse."""
+    if names == ALL:
+        if not paired:
+            return [_untested("no metric", "loss")]
+        names = tuple(paired)
+    names = tuple(names)
+    adjusted = holm({name: paired[name].p_value for name in names if name in paired})
+    return [
+        Check(
+            gain_of(name, paired[name]) >= 0 or adjusted[name] > alpha,
+            f"{_told(name, paired[name], adjusted[name])}; no significant loss (at most {alpha:g}) is allowed",
+        )
+        if name in paired
+        else _untested(name, "loss")
+        for name in names
+    ]
+
+
+def gain_of(name: str, paired: Paired) -> float:
+    """The difference, positive where the first is the better one."""
+    return -paired.difference if lower_is_better(name) else paired.difference
+
+
+def _told(name: str, paired: Paired, adjusted: float) -> str:
+    return (
+        f"{name}: gain {gain_of(name, paired):+.4f} over the champion on the same questions,"
+        f" p = {paired.p_value:.2g}, {adjusted:.2g} by Holm's method"
+    )
+
+
+def _untested(name: str, what: str) -> Check:
+    return Check(
+        False,
+        f"{name}: the champion was not asked the same questions, so that a {what} cannot be tested; evaluate it again"
+        " on the candidate's data and benchmarks",
     )
 
 
@@ -161,6 +267,8 @@ def _check_names(candidate: Metrics, champion: Metrics | None, thresholds: Thres
         *thresholds.gain_over_blind,
         *blind,
         *thresholds.not_worse_than_champion,
+        *thresholds.require_gain,
+        *(() if thresholds.no_loss == ALL else thresholds.no_loss),
     ]
     for name in names:
         if name not in candidate:

@@ -74,6 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "captions and preference in stage 2": Recipe((*NO_OBJECTIVES, *CAPTIONS, *preference())),
     "HACL in stage 1": Recipe(hacl(STAGE_1)),
     "HACL in both stages": Recipe(hacl(STAGE_1, STAGE_2)),
+    "plain, as long as HACL in stage 1": Recipe(NO_OBJECTIVES, as_long_as="HACL in stage 1"),
 }
 #: Tried on one seed, to choose the weights and tasks of `RECIPES`.
 SEARCH: dict[str, Recipe] = {
@@ -199,6 +200,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
+def shown(values: Sequence[float]) -> bool:
+    """Whether the interval leaves out 0; two values are too few to say, as they may be equal by chance."""
+    mean, half = interval(values)
+    return len(values) > 2 and abs(mean) > half
+
+
 def differences(study: Study, left: str, right: str, metric: str) -> dict[str, float]:
     """`left` minus `right` in points, by the seeds that both have."""
     mine, theirs = study[left], study[right]
@@ -208,12 +215,12 @@ def differences(study: Study, left: str, right: str, metric: str) -> dict[str, f
 
 
 def verdict(study: Study, left: str, right: str) -> str:
-    """What `left` is better and worse at than `right` by intervals that leave out 0."""
+    """What `left` is better and worse at than `right`, as far as it is `shown`."""
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for figure in FIGURES:
-        mean, half = interval(list(differences(study, left, right, figure.metric).values()))
-        if figure.better and abs(mean) > half:
-            found["better" if mean * figure.better > 0 else "worse"].append(figure.name)
+        values = list(differences(study, left, right, figure.metric).values())
+        if figure.better and shown(values):
+            found["better" if statistics.mean(values) * figure.better > 0 else "worse"].append(figure.name)
     return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names) or "no difference shown"
 
 
@@ -226,10 +233,10 @@ def pairs(study: Study) -> list[tuple[str, str]]:
 def tables(preset: str, study: Study) -> str:
     """The study as Markdown."""
     seeds = list(study[PLAIN])
-    shown = "mean ± half-width of the 95 % t-interval over the seeds" if len(seeds) > 1 else "one seed, no interval"
+    of = "mean ± half-width of the 95 % t-interval over the seeds" if len(seeds) > 1 else "one seed, no interval"
     return "\n\n".join(
         [
-            f"Preset `{preset}`, seeds {', '.join(seeds)}; percent; {shown}. Made by `python -m tests.bench.efficacy`.",
+            f"Preset `{preset}`, seeds {', '.join(seeds)}; percent; {of}. Made by `python -m tests.bench.efficacy`.",
             "## Figures",
             markdown_table(
                 ["recipe", "seeds", *(figure.name for figure in FIGURES)],
@@ -244,7 +251,8 @@ def tables(preset: str, study: Study) -> str:
                 [[name, *(_mean(study, name, f"blind_{figure.metric}") for figure in MAIN)] for name in study],
             ),
             "## Differences",
-            "In points, paired by seed; bold where the interval leaves out 0. CHAIR is better when it falls.",
+            "In points, paired by seed; bold where the interval of three seeds or more leaves out 0. CHAIR is better"
+            " when it falls.",
             markdown_table(
                 ["difference", *(figure.name for figure in FIGURES if figure.better)],
                 [
@@ -262,7 +270,9 @@ def tables(preset: str, study: Study) -> str:
                             " ".join(f"{value:+.1f}" for value in differences(study, left, right, each.metric).values())
                             for each in MAIN
                         ),
-                        verdict(study, left, right) if len(seeds) > 1 else "",
+                        verdict(study, left, right)
+                        if len(differences(study, left, right, MAIN[0].metric)) > 2
+                        else "too few seeds",
                     ]
                     for left, right in pairs(study)
                 ],
@@ -319,9 +329,8 @@ def _mean(study: Study, name: str, metric: str) -> str:
 
 def _difference(study: Study, left: str, right: str, figure: Figure) -> str:
     values = list(differences(study, left, right, figure.metric).values())
-    mean, half = interval(values)
     text = _with_interval(values, "+")
-    return f"**{text}**" if abs(mean) > half else text
+    return f"**{text}**" if shown(values) else text
 
 
 def _with_interval(values: Sequence[float], sign: str) -> str:

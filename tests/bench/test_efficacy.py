@@ -8,7 +8,7 @@ import pytest
 
 from shellv_core.errors import ConfigError
 from shellv_core.stages.presets import stage_config
-from tests.bench import efficacy
+from tests.bench import efficacy, efficacy_reasons
 from tests.bench.efficacy import ALL, FIGURES, PLAIN, TRAINING_STAGES
 
 HACL = "HACL in stage 2"
@@ -49,6 +49,13 @@ def test_differences_are_paired_by_seed_and_a_verdict_needs_an_interval_without_
     assert efficacy.verdict(study(), PLAIN, PLAIN) == "no difference shown"
 
 
+def test_two_seeds_that_agree_show_nothing() -> None:
+    assert efficacy.shown([-0.2, -0.2, -0.2])
+    assert not efficacy.shown([-0.2, -0.2])
+    assert not efficacy.shown([-3.0])
+    assert not efficacy.shown([-0.2, -0.1, 0.2])
+
+
 def test_a_plain_run_as_long_gets_the_steps_of_the_slower_stage_alone() -> None:
     runs = study()
     overrides = efficacy.overrides_as_long(runs[PLAIN]["0"], runs[HACL]["0"])
@@ -67,8 +74,8 @@ def test_recipes_say_all_that_they_do_whatever_the_preset(name: str) -> None:
     configs = {stage: stage_config("nano", stage, overrides) for stage in TRAINING_STAGES}
     switched = [configs["pretrain_projector"].hacl.weight, configs["finetune"].hacl.weight]
     assert [weight > 0 for weight in switched] == [
-        "HACL in stage 1" in name or "both" in name,
-        ("HACL in stage 2" in name and not name.startswith("plain")) or "both" in name,
+        ("HACL in stage 1" in name or "both" in name) and not name.startswith(PLAIN),
+        ("HACL in stage 2" in name or "both" in name) and not name.startswith(PLAIN),
     ]
     assert (configs["finetune"].preference.weight > 0) == ("preference" in name)
 
@@ -84,9 +91,10 @@ def test_tables_name_every_recipe_and_mark_what_is_shown(tmp_path: Path) -> None
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_a_study_reuses_what_is_there_and_goes_on(tmp_path: Path, tracking_store: Path, capsys) -> None:
+def test_a_study_reuses_what_is_there_and_its_reasons_are_measured(
+    tmp_path: Path, tracking_store: Path, capsys
+) -> None:
     arguments = ["--preset", "smoke", "--seeds", "0", "--output", str(tmp_path / "study")]
-    arguments += ["--set", "pretrain_projector.alignment.epochs=1"]
     assert efficacy.main([*arguments, "--recipes", PLAIN]) == 0
     first = json.loads((tmp_path / "study.json").read_text())["study"]
     assert efficacy.main([*arguments, "--recipes", HACL]) == 0
@@ -100,3 +108,13 @@ def test_a_study_reuses_what_is_there_and_goes_on(tmp_path: Path, tracking_store
     assert made == {"prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate"}
     assert len(list((tmp_path / "project-folder" / "efficacy" / "finetune").iterdir())) == 2
     assert "| HACL in stage 2 - plain |" in capsys.readouterr().out
+    reasons = ["--preset", "smoke", "--seed", "0", "--batches", "2", "--output", str(tmp_path / "reasons")]
+    assert efficacy_reasons.main(reasons) == 0
+    assert len(list((tmp_path / "project-folder" / "efficacy" / "finetune").iterdir())) == 2
+    found = json.loads((tmp_path / "reasons.json").read_text())
+    assert set(found["text_only"]) == {"object", "attribute", "relation", "event"}
+    assert len(found["gradients"]) == 4
+    for measured in found["gradients"]:
+        for part in measured["parts"].values():
+            assert part["generation"]["cosine"] == pytest.approx(1, abs=1e-3)
+            assert part["contrast"]["norm"] > 0 < part["preference"]["norm"]

@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {"preset", "overrides", "task_overrides", "registered_model", "written"}
 
 
+COUNTS = {"yes": {"yes": 5, "no": 2, "neither": 1}, "no": {"yes": 3, "no": 4, "neither": 0}}
+CONFUSION = {"candidate": {"hal_eval": dict.fromkeys(("yes", "no"), dict.fromkeys(COUNTS["yes"], 9)), "pope": COUNTS}}
+
+
 def component(stage: str) -> Any:
     return getattr(importlib.import_module(f"components.{stage}.component"), stage)
 
@@ -52,6 +56,8 @@ def configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
             output = OutputDirectory((tmp_path / "output" / stage).as_uri(), "f" * 64)
             output.begin()
             output.put_bytes(b"<html></html>", "report.html")
+            output.put_bytes(b"| % |", "summary.md")
+            output.put_bytes(json.dumps({"confusion": CONFUSION}).encode(), "results.json")
             output.commit(Manifest(stage=stage, fingerprint="f" * 64, library_version="0", config={}))
             return StageResult(
                 stage=stage,
@@ -80,6 +86,13 @@ def test_a_component_runs_its_stage_with_its_own_config_and_refers_to_the_output
         content = Path(artifact.path).read_text(encoding="utf-8")
         if isinstance(artifact, dsl.HTML):
             assert content == "<html></html>"
+        elif isinstance(artifact, dsl.Markdown):
+            assert content == "| % |"
+        elif isinstance(artifact, dsl.ClassificationMetrics):
+            assert json.loads(content) == CONFUSION
+            shown = artifact.metadata["confusionMatrix"]
+            assert [each["displayName"] for each in shown["annotationSpecs"]] == ["yes", "no", "neither"]
+            assert [row["row"] for row in shown["rows"]] == [[5, 2, 1], [3, 4, 0], [0, 0, 0]]
         elif isinstance(artifact, dsl.Metrics):
             assert artifact.metadata == json.loads(content) == {"loss": 0.5}
         else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_a_gguf_file_becomes_the_same_model_and_tokenizer(tmp_path, capsys):
     write_gguf(model, tmp_path / "tiny.gguf")
     assert main(["model", "convert", str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
     assert "is a GGUF file; wrote" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[1, 3, 5, 4, 10]])
     torch.testing.assert_close(converted(ids).logits, model(ids).logits)

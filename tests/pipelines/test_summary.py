@@ -17,6 +17,7 @@ def local_run(champion_version: str) -> LocalRun:
         return Manifest(stage=stage, fingerprint="f" * 64, library_version="0", config={}, details=details)
 
     block = {"accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "yes_ratio": 0.5, "num_questions": 9, "num_unparsed": 0}
+    figure = {"value": 0.7, "low": 0.6, "high": 0.8}
     promotion = {
         "registered_model": "shellv-nano",
         "version": "2",
@@ -34,7 +35,10 @@ def local_run(champion_version: str) -> LocalRun:
     }
     return LocalRun(
         outputs={},
-        results={"models": {"candidate": {"pope": {"random": block}, "pope_blind": {"random": block}}}},
+        results={
+            "models": {"candidate": {"pope": {"random": block}, "pope_blind": {"random": block}}},
+            "metrics": {row: {"pope_random_accuracy": figure} for row in ("candidate", "candidate_blind")},
+        },
         promotion=manifest("promote", promotion),
         deployment=manifest("deploy", deployment),
         report_path=Path("/home/me/.shellv/report.html"),

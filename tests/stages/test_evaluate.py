@@ -57,9 +57,17 @@ def test_results_metrics_answers_and_report(tmp_path, inputs):
     assert 'src="http' not in report
     assert report.count("data:image/jpeg;base64,") >= 2
     assert "without HACL" in report
+    assert output.fetch("summary.md").read_text().endswith(render_table(results))
+    questions = [json.loads(line) for line in output.fetch("questions/pope_random.jsonl").open()]
+    assert questions[0] == {
+        "question_id": "1",
+        "image": "v0.png",
+        "prompt": "is there a dog ?",
+        "expected": "yes",
+    }
     table = render_table(results).splitlines()
     assert [name.strip() for name in table[0].split("|")[1:-1]] == [
-        "%", "candidate", "shuffled pictures", "without HACL", "shuffled pictures"
+        "%", "candidate", "blind", "without HACL", "blind"
     ]  # fmt: skip
     assert any(line.startswith("| POPE adversarial") for line in table)
     assert len({len(line) for line in table}) == 1

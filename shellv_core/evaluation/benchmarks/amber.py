@@ -223,6 +223,12 @@ class Amber:
         """All queries, in file order."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """The objects that are there, or yes or no."""
+        if question_id in self._objects:
+            return ", ".join(self._objects[question_id][0])
+        return "yes" if self._truth[question_id] else "no"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores of the part, or parts, that `answers` has responses to.
 

@@ -146,6 +146,10 @@ class Chair:
         """The mentions of one caption against what is in `image`."""
         return CaptionJudgment(tuple(find_mentions(caption)), self.present[image])
 
+    def expected(self, question_id: str) -> str:
+        """The objects that are there."""
+        return ", ".join(sorted(self.present[question_id]))
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """CHAIR over all captions.
 
@@ -191,12 +195,17 @@ class Chair:
         }
 
     def outcomes(self, answers: Mapping[str, str]) -> dict[str, Outcomes]:
-        """Instance rate, per image; a missing caption has no mentions."""
-        parts = {}
-        for image in self.present:
-            judgment = self.judge(image, answers.get(image, ""))
-            parts[image] = (len(judgment.hallucinated), len(judgment.mentions))
-        return {"chair_instance_rate": parts}
+        """The rates and recall, per image; a missing caption names nothing."""
+        judged = {image: self.judge(image, answers.get(image, "")) for image in self.present}
+        return {
+            "chair_instance_rate": {
+                image: (len(each.hallucinated), len(each.mentions)) for image, each in judged.items()
+            },
+            "chair_sentence_rate": {
+                image: (int(bool(each.hallucinated)), int(image in answers)) for image, each in judged.items()
+            },
+            "chair_recall": {image: (len(each.recalled), len(each.present)) for image, each in judged.items()},
+        }
 
     def read_answers(self, path: Path) -> dict[str, str]:
         """Image name -> caption of rows that name the image or its COCO id, or of a results file with imgToEval."""

@@ -88,6 +88,10 @@ class HalEval:
         """All questions: item by item, the true caption first."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """Yes of a true caption, no of the others."""
+        return "yes" if question_id.endswith(f"/{TRUE_CAPTION}") else "no"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores by hallucination type, each under the strict rule and, in `author_rule`, the authors'.
 
@@ -224,6 +228,10 @@ class HalEvalGenerative:
                 asked.append(Question(f"{image}/{KINDS}", image, prompt))
         return asked
 
+    def expected(self, question_id: str) -> str:
+        """Nothing: only the judge tells."""
+        return ""
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores of the judgments.
 
@@ -313,7 +321,7 @@ def _open_generative(questions: Path) -> HalEvalGenerative:
 ENTRIES = (
     Entry(
         name="hal-eval",
-        summary="Hal-Eval, discriminative: does a caption match the image, by hallucination type",
+        summary="Hal-Eval: does a caption match the image, by hallucination type (discriminative)",
         questions="in_domain_evaluation.json or out_of_domain_evaluation.json",
         answers="rows with ITEM/KIND (key or image, #2 for a second such item; gt or type), or predict lists in order\n"
         '{"question_id": "val2014/COCO_val2014_000000462565.jpg/gt", "text": "yes"} or {"predict": ["yes", "no", "no",'
@@ -326,7 +334,7 @@ ENTRIES = (
     ),
     Entry(
         name="hal-eval-generative",
-        summary="Hal-Eval, generative: descriptions that a judge has read beside the image",
+        summary="Hal-Eval generative: descriptions that a judge has read beside the image",
         questions="a Hal-Eval file, or the authors' selection: items with image (or image_path)",
         answers="judgments: the authors' rows, or rows with IMAGE/hallucinated and IMAGE/types, and text\n"
         '{"image": "1.jpg", "predict": "A dog.", "first_answer": "Yes", "second_answer":'

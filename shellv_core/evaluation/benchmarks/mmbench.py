@@ -100,6 +100,11 @@ class MmBench:
             raise EvaluationError(f"the MMBench file holds no image for index {index}.")
         return image
 
+    def expected(self, question_id: str) -> str:
+        """The right choice of the rotation; empty in the test split."""
+        truth = self._truth.get(question_id)
+        return "" if truth is None else f"{LETTERS[truth]}. {self._choices[question_id][truth]}"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores where the file has the right answers.
 

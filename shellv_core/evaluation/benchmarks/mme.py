@@ -69,6 +69,10 @@ class Mme:
         """All questions, task by task."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """Yes or no."""
+        return "yes" if self._truth[question_id] else "no"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores by task and of both parts.
 

@@ -103,6 +103,10 @@ class MmHal:
                 asked.append(Question(key, "", fill(self._judge_prompt, parts)))
         return asked
 
+    def expected(self, question_id: str) -> str:
+        """A person's answer."""
+        return str(self._rows[question_id]["gt_answer"])
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores of the judge's words.
 

@@ -71,6 +71,10 @@ class Pope:
         """All questions, in file order."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """The label."""
+        return "yes" if self.truth[question_id] else "no"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Strict scores, and under `author_rule` those by the authors' rule; see `score_yes_no`."""
         num_unknown = check_overlap(self.truth, answers)

@@ -104,6 +104,10 @@ class QaReview:
             asked.append(Question(key, "", "\n\n".join(f"[{title}]\n{text}" for title, text in parts)))
         return asked
 
+    def expected(self, question_id: str) -> str:
+        """The reference's answer, where it is given."""
+        return self._references.get(question_id, "")
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores of the reviews, for ``all`` and each category of the questions.
 
@@ -255,7 +259,7 @@ def _open(
 ENTRIES = (
     Entry(
         name="qa-review",
-        summary="GPT-assisted review of two assistants' answers (LLaVA's qa90, LLaVA-Bench)",
+        summary="GPT review: two assistants' answers that a judge has compared (LLaVA's qa90, LLaVA-Bench)",
         questions="rows of question_id, image, text, category; needed only for missing reviews and categories",
         answers="review files of LLaVA (tuple, category) and Vicuna (score), or rows with question_id and text\n"
         '{"question_id": 0, "category": "conv", "content": "8 6\\nThe first ...", "tuple": [8.0, 6.0]}',

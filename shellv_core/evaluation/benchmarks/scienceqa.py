@@ -58,6 +58,11 @@ class ScienceQa:
         """All questions, in file order."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """The right choice."""
+        problem = self.problems[question_id]
+        return f"{LETTERS[problem.answer]}. {problem.choices[problem.answer]}"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy over all problems, those with an image, and each group.
 

@@ -69,6 +69,11 @@ class SeedBench:
         """All questions, in file order."""
         return self._questions
 
+    def expected(self, question_id: str) -> str:
+        """The right choice."""
+        truth = self._truth[question_id]
+        return f"{LETTERS[truth]}. {self._choices[question_id][truth]}"
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy with its 95 % interval, by data and question type, and counts; missing and unparsed are wrong."""
         num_unknown = check_overlap(self._truth, answers)

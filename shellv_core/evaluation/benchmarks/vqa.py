@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,10 @@ class ShortAnswers:
     def questions(self) -> Sequence[Question]:
         """All questions, in file order."""
         return self._questions
+
+    def expected(self, question_id: str) -> str:
+        """People's answers, the most frequent first."""
+        return ", ".join(answer for answer, _ in Counter(self.items[question_id].people).most_common())
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Mean score over all questions with people's answers, and by group; a missing answer scores 0.

@@ -199,7 +199,7 @@ CHAIR = Sample(
     ],
     # Mentions dog cat bed car truck truck; cat and both trucks are not there.
     {"instance_rate": 3 / 6, "sentence_rate": 1, "recall": 3 / 3},
-    {"chair_instance_rate": 3 / 6},
+    {"chair_instance_rate": 3 / 6, "chair_sentence_rate": 1, "chair_recall": 3 / 3},
     ("--captions", "captions_val2014.json"),
 )
 
