@@ -22,7 +22,7 @@ from shellv_core.training.examples import image_bytes, tokenize_samples
 from shellv_core.training.features import CachedFeatures, pixel_batches, tower_features
 from shellv_core.training.fit import TrainingData, fit
 from shellv_core.training.loop import PaddedFeed, StepData, set_trainable, train_from
-from shellv_core.training.model import TrainingModel
+from shellv_core.training.model import TrainingModel, frozen_copy
 from shellv_core.training.processes import num_processes, rank
 from tests.training.tiny import CLIP, tiny_model, tiny_samples
 
@@ -59,6 +59,10 @@ CASES = {
         {"packing": True, "pack_tokens": 128, "max_length": 128, "global_batch_size": 4},
         HaclConfig(weight=0.5, gather=False),
         lora=True,
+    ),
+    # Against a frozen copy; an epoch's last step leaves the second process nothing.
+    "packed, preference": Case(
+        {"packing": True, "pack_tokens": 128, "max_length": 128, "global_batch_size": 4}, None, preference=0.5
     ),
 }
 HALF = Case(
@@ -124,6 +128,8 @@ def run(case: Case, directory: Path, shards: str | None = None) -> dict:
         model, case.hacl and HaclHeads(32), case.hacl, PreferenceConfig(weight=case.preference, prompt="What is it?")
     )
     set_trainable(module, settings)
+    if case.preference and not case.lora:
+        module.reference = frozen_copy(model)
     if case.half:
         model.to(torch.bfloat16)
     if case.lora:

@@ -20,7 +20,7 @@ from tests.training.engine_runs import CASES, HALF, STEPS, Case, assert_about_sa
 from tests.training.tiny import tiny_model, tiny_samples
 
 STAGES = (1, 2, 3)
-NAMES = ("full", "few images, adapters", "packed")
+NAMES = ("full", "few images, adapters", "packed", "packed, preference")
 #: With what saved a run begins, and on how many processes it goes on.
 MOVES = {"two to two": ("two", 2), "two to one": ("two", 1), "one to two": ("one", 2)}
 
