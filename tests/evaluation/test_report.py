@@ -114,7 +114,7 @@ def picture(seed):
 def open_sample(name, folder):
     """A sample's benchmark with its answers."""
     sample, entry = SAMPLES[name], registry()[name]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     options = sample.options(folder)
     given = {flag[2:].replace("-", "_"): Path(value) for flag, value in zip(options[::2], options[1::2], strict=True)}
     defaults = {option.name: option.choices[0] for option in entry.options if option.choices}
