@@ -99,12 +99,17 @@ def save_model(
     directory: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the model directory that `load_model` and plain transformers read.
+    """Write the model directory that `load_model`, plain transformers and vLLM read.
 
     Args:
         dtype: converts the model's weights first; None leaves them as they are.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     nn.Module.to(model, dtype=dtype)
+    # A model that was not loaded from such names is saved without CLIP's "vision_model", which vLLM's LLaVA needs.
+    settings: Any = model
+    settings._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     if isinstance(model.model.vision_tower, EfficientNetLiteModel):

@@ -34,18 +34,21 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 @dataclass(frozen=True)
 class Documents:
-    """Which tokens of a row see each other: D documents one behind another, then R readout tokens.
+    """Which tokens of a row see each other: D documents one behind another, then R branches.
 
-    A token of a document sees itself and those before it in its document. A readout token sees the tokens of its span,
-    then itself; no other token sees it.
+    A token of a document sees itself and those before it in its document. A token of a branch sees the tokens of the
+    branch's span, then itself and those before it in its branch; no other token sees it. So documents that begin alike
+    have the beginning once. A branch of one token is a readout.
 
     Attributes:
         borders: (D + 1,) rising, from 0 to the number of the documents' tokens.
-        spans: (R,) start and stop (exclusive), within one document, of what a readout token sees.
+        spans: (R,) start and stop (exclusive), within one document, of what a branch sees.
+        branches: (R,) tokens of each branch; without it, each has one.
     """
 
     borders: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()
+    branches: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.borders or self.borders[0] or any(b <= a for a, b in itertools.pairwise(self.borders)):
@@ -53,8 +56,13 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
-        """N, readout tokens included."""
-        return self.borders[-1] + len(self.spans)
+        """N, branches included."""
+        return self.borders[-1] + sum(self.branch_lengths)
+
+    @property
+    def branch_lengths(self) -> tuple[int, ...]:
+        """(R,) tokens of each branch."""
+        return (1,) * len(self.spans) if self.branches is None else self.branches
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -151,51 +159,52 @@ def _flash(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One call of torch's kernel for ragged sequences, and a small one for the readout tokens."""
+    """One call of torch's kernel for ragged sequences, and one for the branches."""
     from torch.nn.attention import varlen
 
     varlen_attn: Any = varlen.varlen_attn
     options: Any = {"scale": scaling, "enable_gqa": query_NHW.shape[1] != key_NGW.shape[1]}
-    layout = _flash_layout(documents, window, query_NHW.device)
+    layout = _flash_layout(documents, query_NHW.device)
+    options["window_size"] = (-1 if window is None else window - 1, 0)
     end, longest = documents.borders[-1], max(documents.lengths)
     result: torch.Tensor = varlen_attn(
-        query_NHW[:end], key_NGW[:end], value_NGW[:end], layout.borders, layout.borders, longest, longest,
-        window_size=(-1 if window is None else window - 1, 0), **options,
+        query_NHW[:end], key_NGW[:end], value_NGW[:end], layout.borders, layout.borders, longest, longest, **options,
     )  # fmt: skip
     if not documents.spans:
         return result
     seen = layout.seen
-    readouts: torch.Tensor = varlen_attn(
-        query_NHW[end:], key_NGW[seen], value_NGW[seen], layout.readout_borders, layout.seen_borders, 1,
-        layout.most_seen, **options,
+    # The kernel's causality is that of the ends: the last query sees the last key.
+    branches: torch.Tensor = varlen_attn(
+        query_NHW[end:], key_NGW[seen], value_NGW[seen], layout.branch_borders, layout.seen_borders,
+        max(documents.branch_lengths), layout.most_seen, **options,
     )  # fmt: skip
-    return torch.cat([result, readouts])
+    return torch.cat([result, branches])
 
 
 @dataclass(frozen=True)
 class _FlashLayout:
-    """`borders` of documents; what all readout tokens see, one behind another, and where each one's begins: int32."""
+    """`borders` of documents and of branches, what all branches see, and where each one's begins: int32."""
 
     borders: torch.Tensor
     seen: torch.Tensor
     seen_borders: torch.Tensor
-    readout_borders: torch.Tensor
+    branch_borders: torch.Tensor
     most_seen: int
 
 
 # The layers of a pass ask for the same; copying to a GPU once is enough.
 @functools.lru_cache(maxsize=4)
-def _flash_layout(documents: Documents, window: int | None, device: torch.device) -> _FlashLayout:
+def _flash_layout(documents: Documents, device: torch.device) -> _FlashLayout:
     def on_device(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    seen = [torch.tensor(each) for each in _readout_keys(documents, window)]
+    seen = [torch.tensor(each) for each in _branch_keys(documents)]
     counts = [len(each) for each in seen]
     return _FlashLayout(
         on_device(documents.borders),
         torch.cat(seen).to(device) if seen else torch.zeros(0, dtype=torch.int64, device=device),
         on_device([0, *itertools.accumulate(counts)]),
-        on_device(range(len(seen) + 1)),
+        on_device([0, *itertools.accumulate(documents.branch_lengths)]),
         max(counts, default=0),
     )
 
@@ -212,27 +221,28 @@ def _per_document(
     """SDPA for each group of documents of about one length, padded at their ends, where causality makes it harmless."""
     gqa = query_NHW.shape[1] != key_NGW.shape[1]
 
-    def attend(query_nLHW: torch.Tensor, keys: torch.Tensor | slice, causal: bool) -> torch.Tensor:
+    def attend(query_nLHW: torch.Tensor, keys: torch.Tensor | slice) -> torch.Tensor:
         key_nLGW, value_nLGW = key_NGW[keys], value_NGW[keys]
         if isinstance(keys, slice):
             key_nLGW, value_nLGW = key_nLGW[None], value_nLGW[None]
-        mask = None
-        if causal and window is not None and window < query_nLHW.shape[1]:
-            mask, causal = _band(query_nLHW.shape[1], window, query_nLHW.device), False
+        queries, seen, mask = query_nLHW.shape[1], key_nLGW.shape[1], None
+        causal = queries == seen
+        if (queries != 1 and not causal) or (window is not None and window < seen):
+            mask, causal = _band(queries, seen, window, query_nLHW.device), False
         return functional.scaled_dot_product_attention(
             query_nLHW.transpose(1, 2), key_nLGW.transpose(1, 2), value_nLGW.transpose(1, 2),
             mask, dropout, is_causal=causal, scale=scaling, enable_gqa=gqa,
         ).transpose(1, 2)  # fmt: skip
 
-    layout = _sdpa_layout(documents, window, query_NHW.device)
+    layout = _sdpa_layout(documents, query_NHW.device)
     parts = []
     for rows, kept in layout.groups:
         if isinstance(rows, slice):
-            parts.append(attend(query_NHW[rows][None], rows, True)[0])
+            parts.append(attend(query_NHW[rows][None], rows)[0])
         else:
-            parts.append(attend(query_NHW[rows], rows, True).flatten(0, 1)[kept])
-    for positions, keys in layout.readouts:
-        parts.append(attend(query_NHW[positions][:, None], keys, False)[:, 0])
+            parts.append(attend(query_NHW[rows], rows).flatten(0, 1)[kept])
+    for tokens, keys in layout.branches:
+        parts.append(attend(query_NHW[tokens], keys).flatten(0, 1))
     return torch.cat(parts)[layout.order]
 
 
@@ -243,18 +253,18 @@ class _SdpaLayout:
     Attributes:
         groups: a document's slice; or for n documents of up to L tokens their tokens (n, L), and which of the n * L
             are none of padding.
-        readouts: for m readout tokens that see S others their positions (m,) and what they see, themselves last:
-            (m, S + 1).
+        branches: for m branches of L tokens that see S others their positions (m, L) and what they see, themselves
+            last: (m, S + L).
         order: (N,) where the results of all groups, one behind another, have each token of the row.
     """
 
     groups: list[tuple[torch.Tensor | slice, torch.Tensor | slice]]
-    readouts: list[tuple[torch.Tensor, torch.Tensor]]
+    branches: list[tuple[torch.Tensor, torch.Tensor]]
     order: torch.Tensor
 
 
 @functools.lru_cache(maxsize=4)
-def _sdpa_layout(documents: Documents, window: int | None, device: torch.device) -> _SdpaLayout:
+def _sdpa_layout(documents: Documents, device: torch.device) -> _SdpaLayout:
     groups: list[tuple[torch.Tensor | slice, torch.Tensor | slice]] = []
     computed: list[torch.Tensor] = []
     for group in _alike(documents.lengths):
@@ -270,13 +280,16 @@ def _sdpa_layout(documents: Documents, window: int | None, device: torch.device)
         tokens = starts[:, None] + torch.where(inside, columns, 0)
         groups.append((tokens.to(device), inside.flatten().nonzero()[:, 0].to(device)))
         computed.append(tokens[inside])
-    keys = _readout_keys(documents, window)
-    readouts = []
-    for _, same in itertools.groupby(sorted(range(len(keys)), key=lambda r: len(keys[r])), lambda r: len(keys[r])):
-        seen = torch.tensor([list(keys[number]) for number in same])
-        readouts.append((seen[:, -1].to(device), seen.to(device)))
-        computed.append(seen[:, -1])
-    return _SdpaLayout(groups, readouts, torch.argsort(torch.cat(computed)).to(device))
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    for length, keys in zip(documents.branch_lengths, _branch_keys(documents), strict=True):
+        alike.setdefault((length, len(keys)), []).append(keys)
+    branches = []
+    for (length, _), rows_of_keys in alike.items():
+        seen = torch.tensor(rows_of_keys)
+        tokens = seen[:, -length:]
+        branches.append((tokens.to(device), seen.to(device)))
+        computed.append(tokens.flatten())
+    return _SdpaLayout(groups, branches, torch.argsort(torch.cat(computed)).to(device))
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -291,19 +304,20 @@ def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
     yield group
 
 
-def _readout_keys(documents: Documents, window: int | None) -> list[list[int]]:
-    """For each readout token what it sees, itself last."""
-    end = documents.borders[-1]
+def _branch_keys(documents: Documents) -> list[list[int]]:
+    """For each branch what its last token sees without a window: the span, then the branch."""
+    borders = itertools.accumulate(documents.branch_lengths, initial=documents.borders[-1])
     return [
-        [*range(start if window is None else max(start, stop + 1 - window), stop), end + number]
-        for number, (start, stop) in enumerate(documents.spans)
+        [*range(*span), *range(*branch)]
+        for span, branch in zip(documents.spans, itertools.pairwise(borders), strict=True)
     ]
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Causal mask (length, length) of a sliding window."""
-    everywhere = torch.ones(length, length, dtype=torch.bool, device=device)
-    return everywhere.tril() & everywhere.triu(1 - window)
+def _band(queries: int, seen: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Causal mask (queries, seen) of the last `queries` of `seen` tokens, within a sliding window if there is one."""
+    everywhere = torch.ones(queries, seen, dtype=torch.bool, device=device)
+    mask = everywhere.tril(seen - queries)
+    return mask if window is None else mask & everywhere.triu(seen - queries + 1 - window)
 
 
 AttentionInterface.register(ATTENTION_NAME, documents_attention)

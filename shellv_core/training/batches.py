@@ -14,9 +14,18 @@ import torch
 
 from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.training.examples import NO_IMAGE, Examples
-from shellv_core.training.pairs import ContrastBatch, PreferenceBatch, make_contrast, make_preference
+from shellv_core.training.pairs import (
+    ContrastBatch,
+    PreferenceBatch,
+    ReadoutBatch,
+    make_contrast,
+    make_preference,
+    make_readouts,
+)
 
 WINDOW_BATCHES = 32
+#: Positions whose logits exist at a time, unless told otherwise.
+LOSS_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class Batch:
         label_positions: (L,) positions in the flattened `input_ids` whose next token is learned.
         label_ids: (L,) these next tokens.
         num_tokens: tokens without padding.
+        readouts: of the contrast's images.
+        loss_chunk: positions whose logits exist at a time.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +53,8 @@ class Batch:
     num_tokens: int
     contrast: ContrastBatch | None
     preference: PreferenceBatch | None = None
+    readouts: ReadoutBatch | None = None
+    loss_chunk: int = LOSS_CHUNK
 
     @property
     def num_samples(self) -> int:
@@ -62,7 +75,7 @@ class Batch:
         if self.image_features is None:
             values |= {"image_features": image_features, "row_images": nothing, "image_positions": nothing}
         if contrast and self.contrast is None:
-            values["contrast"] = ContrastBatch.idle(token_id)
+            values |= {"contrast": ContrastBatch.idle(token_id), "readouts": ReadoutBatch.idle(token_id)}
         if preference and self.preference is None:
             values["preference"] = PreferenceBatch.idle(token_id)
         return replace(self, **values)
@@ -118,6 +131,7 @@ def make_batch(
     truths: bool = False,
     preference: bool = False,
     contrasted: np.ndarray | None = None,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> Batch:
     """Put `rows` into one batch.
 
@@ -129,6 +143,7 @@ def make_batch(
         truths: let the contrast have the hallucinated captions' own truths.
         preference: add pairs for the preference objective; the examples must hold answers.
         contrasted: which of the images the contrast is of; None for all.
+        loss_chunk: positions whose logits exist at a time.
     """
     input_ids = examples.input_ids.padded(rows, pad_token_id)
     labels = examples.labels.padded(rows, IGNORE_INDEX)
@@ -140,24 +155,28 @@ def make_batch(
     image_positions = np.flatnonzero((input_ids == image_token_id) & inside)
     images = batch_images(examples, rows)
     with_image = examples.image_index[rows]
-    with_image = with_image[with_image != NO_IMAGE]
-    contrast = None
+    row_images = np.searchsorted(images, with_image[with_image != NO_IMAGE])
+    contrast = readouts = None
     if num_hallucinated is not None:
         chosen = images if contrasted is None else contrasted
         contrast = make_contrast(examples, chosen, pad_token_id, num_hallucinated, turn, truths)
         if contrast is not None:
             rows_of_features = torch.from_numpy(np.searchsorted(images, chosen))
             contrast = replace(contrast, images=rows_of_features[contrast.images])
+            each_row = image_positions.reshape(len(row_images), -1)
+            readouts = make_readouts(input_ids, each_row, row_images, contrast.images.numpy(), pad_token_id)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         image_features=image_features,
-        row_images=torch.from_numpy(np.searchsorted(images, with_image)),
+        row_images=torch.from_numpy(row_images),
         image_positions=torch.from_numpy(image_positions),
         label_positions=torch.from_numpy(label_positions),
         label_ids=torch.from_numpy(targets.reshape(-1)[label_positions]),
         num_tokens=int(examples.input_ids.lengths[rows].sum()),
         contrast=contrast,
         preference=make_preference(examples, images, image_token_id, pad_token_id, turn) if preference else None,
+        readouts=readouts,
+        loss_chunk=loss_chunk,
     )
 
 

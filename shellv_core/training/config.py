@@ -74,7 +74,8 @@ class PreferenceConfig(Config):
     weight: float = Field(default=0.0, ge=0.0)
     #: How strongly the model is tied to the one that it started from; larger is closer.
     beta: float = Field(default=0.1, gt=0.0)
-    #: Weight of preferring the caption with its image over the caption with another image of the batch.
+    #: Weight of preferring the caption with its image over the caption with another image of the batch or
+    #: pack.
     image_weight: float = Field(default=1.0, ge=0.0)
     #: Weight of keeping the caption's reward above `anchor`.
     anchor_weight: float = Field(default=1.0, ge=0.0)
@@ -144,7 +145,7 @@ class TrainingConfig(Config):
     pack_tokens: int = Field(default=8192, ge=8)
     #: With packing: threads that decode and tokenize ahead.
     pack_workers: int = Field(default=2, ge=1)
-    #: With packing: positions whose logits exist at a time.
+    #: Positions whose logits exist at a time.
     loss_chunk: int = Field(default=1024, ge=1)
     #: ddp: every process holds the whole model; with one process, plain training. deepspeed: ZeRO.
     engine: Literal["ddp", "deepspeed"] = "ddp"

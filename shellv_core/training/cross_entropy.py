@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 def chunked_cross_entropy(
@@ -31,20 +32,42 @@ def chunked_cross_entropy(
     return result
 
 
-class LabelLoss(nn.Module):
-    """`chunked_cross_entropy` as a module, so that an engine that shards weights knows when the head's are read.
+def log_probabilities(
+    hidden_LH: torch.Tensor, lm_head: nn.Linear, label_ids_L: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
+    """Of each label under ``lm_head(hidden)``, in nats, float32: (L,).
+
+    What becomes of them is not known here, so beyond one chunk the backward pass makes the logits again.
 
     Args:
-        lm_head: belongs to another module.
+        chunk_size: C, positions whose logits exist at a time.
     """
 
-    def __init__(self, lm_head: nn.Linear) -> None:
-        super().__init__()
-        self._lm_head = (lm_head,)  # A tuple, so that it is no module of this one.
+    def of(hidden_CH: torch.Tensor, label_ids_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = functional.linear(hidden_CH, lm_head.weight, lm_head.bias)
+        logits_CV = logits_CV.to(torch.promote_types(lm_head.weight.dtype, torch.float32))
+        return -functional.cross_entropy(logits_CV, label_ids_C, reduction="none")
 
-    def forward(self, hidden_LH: torch.Tensor, label_ids_L: torch.Tensor, chunk_size: int) -> torch.Tensor:
-        """See `chunked_cross_entropy`."""
-        return chunked_cross_entropy(hidden_LH, self._lm_head[0], label_ids_L, chunk_size)
+    chunks = list(zip(hidden_LH.split(chunk_size), label_ids_L.split(chunk_size), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([of(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+class LabelLoss(nn.Module):
+    """Both functions as a module, so that an engine that shards weights knows when a head's are read."""
+
+    def forward(
+        self,
+        lm_head: nn.Linear,
+        hidden_LH: torch.Tensor,
+        label_ids_L: torch.Tensor,
+        chunk_size: int,
+        each: bool = False,
+    ) -> torch.Tensor:
+        """See `chunked_cross_entropy`, or `log_probabilities` for `each`."""
+        function = log_probabilities if each else chunked_cross_entropy
+        return function(hidden_LH, lm_head, label_ids_L, chunk_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

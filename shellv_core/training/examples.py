@@ -180,7 +180,7 @@ def tokenize_samples(
     lies, truths = [item.text for item in hallucinated], [item.truth for item in hallucinated]
     answers = None
     if prompt is not None:
-        answers = _answers(
+        answers = encode_answers(
             (captions, lies, truths), prompt, tokenizer, image_token_id, num_image_tokens, max_length, template
         )
     return Examples(
@@ -199,7 +199,7 @@ def tokenize_samples(
     )
 
 
-def _answers(
+def encode_answers(
     kinds: Sequence[Sequence[str]],
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,7 +208,11 @@ def _answers(
     max_length: int,
     template: Template,
 ) -> Answers:
-    """Encode texts as answers. What stands before the answer is the same for all, so it is kept once."""
+    """Encode texts as answers to `prompt` about an image; what stands before them is the same for all, so kept once.
+
+    Args:
+        kinds: captions, hallucinated captions, their truths; empty texts have no answer.
+    """
     empty = np.zeros(0, dtype=np.int32)
     prompt_ids, encoded = empty, []
     for texts in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlavaProcessor
 from shellv_core.config import fingerprint
 from shellv_core.data.samples import Sample, sample_conversations
 from shellv_core.data.shards import count_samples, read_shards, split_shards
+from shellv_core.data.statistics import split_statistics
 from shellv_core.logs import get_logger
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.progress import Progress
@@ -32,6 +34,8 @@ from shellv_core.training.processes import alone, first_on_node, num_processes
 from shellv_core.training.runtime import runtime
 
 logger = get_logger(__name__)
+#: Packed runs look for a caption in so many samples.
+SAMPLES_LOOKED_AT = 1000
 NO_IMAGES = torch.zeros(0, 0, 0)
 
 
@@ -95,6 +99,8 @@ def fit(
         checkpoints = work / "checkpoints"
         if config.packing:
             with packed_feed(module, processor, data.source, data.split, config, seed) as feed:
+                if not alignment and (module.heads is not None or module.preference.weight):
+                    _warn_of_idle_objectives(module, *_captions_in(data))
                 _check_memory(module, config, pack=feed.largest_pack())
                 summary = train_from(feed, module, config, seed, checkpoints, log, description, checkpoint_address)
         else:
@@ -131,7 +137,7 @@ def _load(
             template_of(processor),
             module.preference.prompt if module.preference.weight else None,
         )
-    _warn_of_idle_objectives(module, examples)
+    _warn_of_idle_objectives(module, bool(examples.captions.lengths.any()), len(examples.hallucinated) > 0)
 
     def images() -> Iterator[bytes]:
         return image_bytes(data.read())
@@ -144,10 +150,19 @@ def _load(
     return examples, LiveFeatures(images(), work / "images.bin", module.model, processor)
 
 
-def _warn_of_idle_objectives(module: TrainingModel, examples: Examples) -> None:
-    if module.heads is not None and not examples.captions.lengths.any():
+def _captions_in(data: TrainingData) -> tuple[bool, bool]:
+    """Whether images have captions, as far as the first samples tell, and hallucinated captions."""
+    has_hallucinated = data.source is not None and split_statistics(data.source, data.split).num_hallucinated > 0
+    has_captions = has_hallucinated or any(
+        sample.image is not None and sample.caption for sample in itertools.islice(data.read(), SAMPLES_LOOKED_AT)
+    )
+    return has_captions, has_hallucinated
+
+
+def _warn_of_idle_objectives(module: TrainingModel, has_captions: bool, has_hallucinated: bool) -> None:
+    if module.heads is not None and not has_captions:
         logger.warning("hacl.weight=%s has no effect: no image has a caption.", module.hacl.weight)
-    if module.preference.weight and not len(examples.hallucinated):
+    if module.preference.weight and not has_hallucinated:
         weight = module.preference.weight
         logger.warning("preference.weight=%s has no effect: no caption has hallucinated captions.", weight)
 

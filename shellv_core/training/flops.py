@@ -90,12 +90,13 @@ class FlopFormula:
         self.window = getattr(text, "sliding_window", None)
         layers = _linears(model.model.language_model)
         self.per_token = sum(_operations(each, 3 if _learns(each) else 2) for each in layers)
-        self.per_token_forward = sum(_operations(each, 1) for each in layers)
+        # For a preference's reference: where adapters learn, it is the model without them.
+        whole = module.reference is not None
+        self.per_token_forward = sum(_operations(each, 1) for each in layers if whole or not _learns(each))
         head = _linears(model.lm_head)
         self.per_label = sum(_operations(each, 3 if _learns(each) else 2) for each in head)
         self.per_label_forward = sum(_operations(each, 1) for each in head)
         self.per_image = _chain(_linears(model.model.multi_modal_projector)) * model.config.image_seq_length
-        self.image_tokens = model.config.image_seq_length
         self.per_state = 0 if module.heads is None else 3 * _operations_of(module.heads.vision_projector)
         self.per_picture = _tower_operations(model) if tower_runs else 0
 
@@ -113,12 +114,11 @@ class FlopFormula:
             lengths = lengths[:num_documents]
         else:
             lengths = [batch.num_tokens / max(batch.num_samples, 1)] * batch.num_samples
-            if batch.contrast is not None:
-                contrast = self._contrast(
-                    _text_lengths(batch.contrast), [self.image_tokens + 1] * len(batch.contrast.images)
-                )
-            if batch.preference is not None:
-                preference = self._preference(batch.preference)
+            if batch.contrast is not None and batch.readouts is not None:
+                seen = (batch.readouts.ends + 1).tolist()
+                contrast = self._contrast(_text_lengths(batch.contrast), seen)
+        if batch.preference is not None:
+            preference = self._preference(batch.preference)
         return Flops(
             language_model=self.per_token * batch.num_tokens,
             attention=3 * self.attention(lengths),
@@ -140,13 +140,15 @@ class FlopFormula:
         return self.per_token * tokens + 3 * (self.attention(texts) + seen) + self.per_state * states
 
     def _preference(self, batch: PreferenceBatch) -> float:
-        """Of the answers with their prompts; forward once more for the reference."""
-        width = batch.input_ids.shape[1]
-        last = torch.zeros(len(batch.input_ids), dtype=torch.int64)
-        last = last.scatter_reduce(0, batch.label_rows, batch.label_positions % width, "amax")
-        lengths = (last + 2).tolist()
-        tokens = sum(lengths) * (self.per_token + self.per_token_forward)
-        return tokens + 4 * self.attention(lengths) + len(batch.label_ids) * (self.per_label + self.per_label_forward)
+        """Of the answers, and of each image's prompt once; forward once more for the reference."""
+        documents = batch.documents or batch.packed().documents
+        if documents is None:
+            return 0.0
+        attention = self.attention(documents.lengths)
+        for (start, stop), length in zip(documents.spans, documents.branch_lengths, strict=True):
+            attention += self.attention([stop - start + length]) - self.attention([stop - start])
+        tokens = documents.num_tokens * (self.per_token + self.per_token_forward)
+        return tokens + 4 * attention + len(batch.label_ids) * (self.per_label + self.per_label_forward)
 
 
 @functools.cache

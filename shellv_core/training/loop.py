@@ -76,8 +76,8 @@ class Part(NamedTuple):
 
     Attributes:
         share: of what is contrasted in this pass, in all processes where they gather it, in the step's.
-        own_share: of this process's conversations in the step's, times the number of processes, so that the mean over
-            processes of what is so weighted is the step's.
+        own_share: of this process's conversations (with packing: of its preference's pairs) in the step's, times the
+            number of processes, so that the mean over processes of what is so weighted is the step's.
     """
 
     batch: Batch | PackedRow
@@ -425,4 +425,5 @@ class PaddedFeed:
             module.hacl.truth_weight > 0,
             module.preference.weight > 0,
             contrasted,
+            self.config.loss_chunk,
         )

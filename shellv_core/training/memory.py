@@ -44,7 +44,7 @@ from shellv_core.training.flops import without_data
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import PackedRow, make_row
 from shellv_core.training.packed_feed import pack_sizes
-from shellv_core.training.pairs import make_contrast
+from shellv_core.training.pairs import make_contrast, make_preference
 
 logger = get_logger(__name__)
 GIGA = 1e9
@@ -75,7 +75,8 @@ class MemoryEstimate:
         buffers: what DeepSpeed gathers and sends at a time.
         layers: of the pass, what the language model's layers keep, autocast's copies of weights included.
         logits: of the pass, what is between the layers and the loss.
-        contrast: of the pass, captions and hallucinated captions in padded form; in a pack they are the layers'.
+        contrast: of the pass, what the objectives beside the generation loss run apart: captions and hallucinated
+            captions in padded form (in a pack they are the layers'), and a preference's answers.
         vision: pictures' features, or the tower's pass where that is the highest point.
         overhead: of the allocator and the CUDA context.
     """
@@ -169,6 +170,7 @@ def largest_batch(
         num_hallucinated=module.hacl.num_hallucinated if module.heads is not None else None,
         truths=module.hacl.truth_weight > 0,
         preference=module.preference.weight > 0,
+        loss_chunk=config.loss_chunk,
     )
 
 
@@ -382,7 +384,7 @@ class _Tracker(TorchDispatchMode):
         self._known: dict[int, Any] = {id(each.untyped_storage()): each.untyped_storage() for each in tensors}
 
     def follow(self, language_model: nn.Module) -> None:
-        """Tell parts by the language model's passes: the first is of the batch itself, others are of the contrast."""
+        """Tell parts by the language model's passes: the first is of the batch itself, others are of the objectives."""
         passes = itertools.count()
 
         def before(*_: Any) -> None:
@@ -497,7 +499,8 @@ def _imagined_attention(device_type: str) -> Iterator[None]:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         compute_dtype = torch.promote_types(dtype, torch.float32) if device_type == "cpu" else dtype
         query_NHW, key_NGW, value_NGW = (each[0].transpose(0, 1).to(compute_dtype) for each in (query, key, value))
-        end, seen = documents.borders[-1], sum(stop - start + 1 for start, stop in documents.spans)
+        end, seen = documents.borders[-1], sum(stop - start for start, stop in documents.spans)
+        seen += sum(documents.branch_lengths)
         queries, keys, values = (each[:end] for each in (query_NHW, key_NGW, value_NGW))
         if device_type == "cpu":
             queries, keys, values = (gather(each, end) for each in (queries, keys, values))
@@ -545,15 +548,25 @@ def _imagined_pack(module: TrainingModel, config: TrainingConfig, examples: Exam
         keys=tuple(map(str, order)),
         documents=torch.arange(len(order)),
     )
-    contrast = None
+    contrast = preference = None
+    images = examples.image_index[with_image]
+    if module.preference.weight and count:
+        preference = make_preference(examples, images, model.config.image_token_id, 0, 0)
     if module.heads is not None and count:
-        images = examples.image_index[with_image]
         contrast = make_contrast(examples, images, 0, module.hacl.num_hallucinated, 0, module.hacl.truth_weight > 0)
     features = None
     if count:
         shape = (count, model.config.image_seq_length, _tower_width(model))
         features = torch.empty(shape, dtype=_feature_dtype(module, config), device="meta")
-    return make_row(pack, features, model.config.image_token_id, module.eos_token_id or 0, contrast, config.loss_chunk)
+    return make_row(
+        pack,
+        features,
+        model.config.image_token_id,
+        module.eos_token_id or 0,
+        contrast,
+        config.loss_chunk,
+        preference=preference,
+    )
 
 
 def _feature_dtype(module: TrainingModel, config: TrainingConfig) -> torch.dtype:

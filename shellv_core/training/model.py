@@ -10,15 +10,16 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from shellv_core.models.compose import num_image_tokens
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import without_adapters
+from shellv_core.training.attention import documents_apart
 from shellv_core.training.batches import Batch
 from shellv_core.training.config import HaclConfig, PreferenceConfig
 from shellv_core.training.cross_entropy import LabelLoss
@@ -27,7 +28,7 @@ from shellv_core.training.losses.hacl import ContrastFeatures, ContrastResult, c
 from shellv_core.training.losses.preference import AnswerLogProbabilities, PreferenceResult, preference_loss
 from shellv_core.training.losses.queue import NegativeQueue
 from shellv_core.training.packed import PackedRow, forward_packed
-from shellv_core.training.pairs import ContrastBatch, ContrastStates, PreferenceBatch
+from shellv_core.training.pairs import ContrastBatch, ContrastStates, PreferenceBatch, ReadoutBatch
 from shellv_core.training.processes import num_processes
 
 
@@ -71,7 +72,7 @@ class TrainingModel(nn.Module):
             self.queue = NegativeQueue(self.hacl.queue_size, heads.output_size)
         eos_token_id = model.generation_config.eos_token_id
         self.eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-        self.label_loss = LabelLoss(model.lm_head)
+        self.label_loss = LabelLoss()
 
     def forward(self, batch: Batch | PackedRow) -> StepOutput:
         """See `Batch` and `PackedRow` for the shapes.
@@ -79,16 +80,19 @@ class TrainingModel(nn.Module):
         With several processes, each runs the same modules in the same order, whatever its batch lacks: engines
         exchange weights and gradients as they run.
         """
-        idle_preference = num_processes() > 1 and getattr(batch, "preference", None) is None
+        idle_preference = num_processes() > 1 and batch.preference is None
         if num_processes() > 1:
             batch = self._filled(batch)
-        preference = None
+        images_UNH = _project(self.model, batch.image_features)
         if isinstance(batch, PackedRow):
-            loss, states = forward_packed(self.model, batch, self.label_loss)
+            loss, states = forward_packed(self.model, images_UNH, batch, self.label_loss)
         else:
-            loss, states, preference = self._forward_padded(batch)
-        if preference is not None and idle_preference:
-            loss, preference = loss + 0 * preference.objective(1.0, 1.0), None
+            loss, states = self._forward_padded(images_UNH, batch)
+        preference = None
+        if batch.preference is not None and images_UNH is not None and batch.image_features is not None:
+            preference = self._preference(images_UNH, batch.image_features, batch.preference, batch.loss_chunk)
+            if idle_preference:
+                loss, preference = loss + 0 * preference.objective(1.0, 1.0), None
         contrast, features = None, None
         if self.heads is not None:
             contrast, features = self._contrast(self.heads, states, batch.contrast)
@@ -98,24 +102,21 @@ class TrainingModel(nn.Module):
         model, device = self.model, batch.input_ids.device
         width = model.model.multi_modal_projector.linear_1.in_features
         image = torch.zeros(1, num_image_tokens(model), width, dtype=model.dtype)
-        has_heads = self.heads is not None
-        if isinstance(batch, PackedRow):
-            return batch.filled(image, self.eos_token_id, has_heads).to(device)
-        return batch.filled(image, self.eos_token_id, has_heads, self.preference.weight > 0).to(device)
+        filled = batch.filled(image, self.eos_token_id, self.heads is not None, self.preference.weight > 0)
+        return filled.to(device)
 
-    def _forward_padded(self, batch: Batch) -> tuple[torch.Tensor, ContrastStates | None, PreferenceResult | None]:
-        images_UNH = _project(self.model, batch.image_features)
+    def _forward_padded(
+        self, images_UNH: torch.Tensor | None, batch: Batch
+    ) -> tuple[torch.Tensor, ContrastStates | None]:
         embeddings_BTH = _embed(self.model, batch.input_ids, images_UNH, batch.row_images, batch.image_positions)
         hidden_size = embeddings_BTH.shape[-1]
         hidden = _language_model(self.model, embeddings_BTH).reshape(-1, hidden_size)
-        logits = self.model.lm_head(hidden[batch.label_positions]).float()
-        loss = functional.cross_entropy(logits, batch.label_ids, reduction="sum")
-        states, preference = None, None
-        if self.heads is not None and batch.contrast is not None and images_UNH is not None:
-            states = self._contrast_states(images_UNH, batch.contrast)
-        if batch.preference is not None and batch.image_features is not None:
-            preference = self._preference(images_UNH, batch.image_features, batch.preference)
-        return loss, states, preference
+        loss = self.label_loss(self.model.lm_head, hidden[batch.label_positions], batch.label_ids, batch.loss_chunk)
+        if self.heads is None or batch.contrast is None or images_UNH is None:
+            return loss, None
+        if batch.readouts is None:
+            raise ValueError("a padded contrast needs readouts; see make_readouts")
+        return loss, self._contrast_states(images_UNH, batch.contrast, batch.readouts)
 
     def train(self, mode: bool = True) -> TrainingModel:
         """Switch dropout on or off; the reference never has any."""
@@ -150,28 +151,49 @@ class TrainingModel(nn.Module):
         )
         return result, features.detached()
 
-    def _contrast_states(self, images_UNH: torch.Tensor, batch: ContrastBatch) -> ContrastStates:
-        """The last hidden states of [image, eos] and of [text, eos], run apart from each other."""
-        embed = self.model.get_input_embeddings()
-        images_PNH = images_UNH[batch.images]
-        eos = embed(batch.text_ids.new_full((len(images_PNH), 1), self.eos_token_id)).to(images_PNH.dtype)
-        image_states = _language_model(self.model, torch.cat([images_PNH, eos], dim=1))[:, -1]
-        text_hidden = _language_model(self.model, embed(batch.text_ids))
-        text_states = text_hidden[torch.arange(len(text_hidden), device=text_hidden.device), batch.text_ends]
-        return ContrastStates(image_states, text_states)
+    def _contrast_states(
+        self, images_UNH: torch.Tensor, batch: ContrastBatch, readouts: ReadoutBatch
+    ) -> ContrastStates:
+        """The last hidden states of [prefix, image, eos] and of [text, eos], run apart from each other."""
+        ids_PT = readouts.input_ids.scatter(1, readouts.ends[:, None], self.eos_token_id)
+        embeddings_PTH = _embed(self.model, ids_PT, images_UNH, readouts.row_images, readouts.image_positions)
+        image_hidden = _language_model(self.model, embeddings_PTH)
+        text_hidden = _language_model(self.model, self.model.get_input_embeddings()(batch.text_ids))
+        return ContrastStates(_at(image_hidden, readouts.ends), _at(text_hidden, batch.text_ends))
 
     def _preference(
-        self, images_UNH: torch.Tensor | None, image_features: torch.Tensor, batch: PreferenceBatch
+        self, images_UNH: torch.Tensor, image_features: torch.Tensor, batch: PreferenceBatch, loss_chunk: int
     ) -> PreferenceResult:
-        policy = _answer_log_probabilities(self.model, images_UNH, batch)
+        policy = self._log_probabilities(self.model, images_UNH, batch, loss_chunk)
         # After the policy's passes: autocast keeps weights that it has cast, and without gradients they would have no
         # graph.
-        with torch.no_grad(), self._reference() as model:
-            reference = _answer_log_probabilities(model, _project(model, image_features), batch)
+        with torch.no_grad(), self._reference() as model, contextlib.ExitStack() as stack:
+            if batch.documents is not None:
+                stack.enter_context(documents_apart(model.model.language_model))
+            reference = self._log_probabilities(model, _project(model, image_features), batch, loss_chunk)
         has_elsewhere = torch.zeros(batch.num_pairs, dtype=torch.bool, device=batch.elsewhere.device)
         has_elsewhere[batch.elsewhere] = True
         settings = self.preference
         return preference_loss(policy, reference, has_elsewhere, settings.beta, settings.anchor)
+
+    def _log_probabilities(
+        self,
+        model: LlavaForConditionalGeneration,
+        images_UNH: torch.Tensor | None,
+        batch: PreferenceBatch,
+        loss_chunk: int,
+    ) -> AnswerLogProbabilities:
+        embeddings = _embed(model, batch.input_ids, images_UNH, batch.row_images, batch.image_positions)
+        options = {}
+        if batch.documents is not None:
+            options = {"documents": batch.documents, "position_ids": batch.position_ids}
+        hidden = _language_model(model, embeddings, **options).reshape(-1, embeddings.shape[-1])
+        labels = (hidden[batch.label_positions], batch.label_ids)
+        values = self.label_loss(model.lm_head, *labels, loss_chunk, each=True)
+        sums = values.new_zeros(len(batch.lengths)).index_add(0, batch.label_rows, values)
+        pairs = batch.num_pairs
+        elsewhere = values.new_zeros(pairs).index_copy(0, batch.elsewhere, sums[2 * pairs :])
+        return AnswerLogProbabilities(sums[:pairs], sums[pairs : 2 * pairs], elsewhere)
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[LlavaForConditionalGeneration]:
@@ -219,8 +241,16 @@ def _embed(
     return flat.index_copy(0, image_positions, rows).view_as(embeddings_BTH)
 
 
-def _language_model(model: LlavaForConditionalGeneration, embeddings: torch.Tensor) -> torch.Tensor:
-    return model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+def _language_model(model: LlavaForConditionalGeneration, embeddings: torch.Tensor, **options: Any) -> torch.Tensor:
+    hidden: torch.Tensor = model.model.language_model(
+        inputs_embeds=embeddings, use_cache=False, **options
+    ).last_hidden_state
+    return hidden
+
+
+def _at(hidden_RTH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+    """Each row's state at its position: (R, H)."""
+    return hidden_RTH[torch.arange(len(hidden_RTH), device=hidden_RTH.device), positions_R]
 
 
 def _contrast_features(heads: HaclHeads, states: ContrastStates, batch: ContrastBatch) -> ContrastFeatures:
@@ -245,16 +275,3 @@ def _contrast_features(heads: HaclHeads, states: ContrastStates, batch: Contrast
         truth_valid=batch.truth_valid,
         truth_group=batch.truth_groups,
     )
-
-
-def _answer_log_probabilities(
-    model: LlavaForConditionalGeneration, images_UNH: torch.Tensor | None, batch: PreferenceBatch
-) -> AnswerLogProbabilities:
-    embeddings_RTH = _embed(model, batch.input_ids, images_UNH, batch.row_images, batch.image_positions)
-    hidden = _language_model(model, embeddings_RTH).reshape(-1, embeddings_RTH.shape[-1])
-    logits = model.lm_head(hidden[batch.label_positions]).float()
-    values = -functional.cross_entropy(logits, batch.label_ids, reduction="none")
-    sums = values.new_zeros(len(batch.input_ids)).index_add(0, batch.label_rows, values)
-    pairs = batch.num_pairs
-    elsewhere = values.new_zeros(pairs).index_copy(0, batch.elsewhere, sums[2 * pairs :])
-    return AnswerLogProbabilities(sums[:pairs], sums[pairs : 2 * pairs], elsewhere)

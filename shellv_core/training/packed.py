@@ -5,8 +5,10 @@ end-of-text token per image, the readout. A readout sees its image's first docum
 nothing sees it, so the document reads as if it were not there. In the padded form that is four passes, of which the one
 for the readouts runs the image a second time.
 
-Where a text stands before the image (a system prompt), the readout has seen it too; the padded form of
-`training.model` gives it the image alone. Without such a text both are the same.
+What stands before the image in its first document (a system prompt, the opening of the user's turn), the readout has
+seen, as the image's tokens have; so it has in the padded form of `training.model`, which runs it once more.
+
+Answers for a preference are a second row of the same kind, `PackedRow.preference`: the reference runs them alone.
 
 Shapes: N tokens of the row; I images; H hidden size; P images with captions, K hallucinated captions each.
 """
@@ -14,7 +16,7 @@ Shapes: N tokens of the row; I images; H hidden size; P images with captions, K 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,10 @@ from shellv_core.data.conversation import IGNORE_INDEX
 from shellv_core.data.loader import NO_IMAGE, PackedBatch
 from shellv_core.errors import TrainingError
 from shellv_core.training.attention import ATTENTION_NAME, Documents
+from shellv_core.training.batches import LOSS_CHUNK
 from shellv_core.training.cross_entropy import LabelLoss
-from shellv_core.training.examples import TYPES, Examples, Ragged, encode_texts, text_groups
-from shellv_core.training.pairs import ContrastBatch, ContrastStates, make_contrast
+from shellv_core.training.examples import TYPES, Answers, Examples, Ragged, encode_texts, text_groups
+from shellv_core.training.pairs import ContrastBatch, ContrastStates, PreferenceBatch
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -58,6 +61,7 @@ class PackedRow:
         num_slots: tokens that the pack had room for.
         contrast: its texts are in the row already; None without.
         readouts: None without contrast.
+        preference: packed.
     """
 
     input_ids: torch.Tensor
@@ -74,6 +78,7 @@ class PackedRow:
     num_slots: int
     contrast: ContrastBatch | None = None
     readouts: ReadoutPositions | None = None
+    preference: PreferenceBatch | None = None
 
     @classmethod
     def idle(cls, token_id: int) -> PackedRow:
@@ -82,8 +87,8 @@ class PackedRow:
         documents = Documents((0, 1))
         return cls(zero + token_id, zero, documents, None, nothing, nothing, nothing, nothing, 1, 0, 0, 0)
 
-    def filled(self, image_features: torch.Tensor, token_id: int, contrast: bool) -> PackedRow:
-        """With `image_features` and an idle contrast in place of what it lacks."""
+    def filled(self, image_features: torch.Tensor, token_id: int, contrast: bool, preference: bool) -> PackedRow:
+        """With `image_features` and idle objectives in place of what it lacks."""
         values: dict[str, Any] = {}
         if self.image_features is None:
             values["image_features"] = image_features
@@ -97,6 +102,8 @@ class PackedRow:
                 "contrast": ContrastBatch.idle(token_id),
                 "readouts": ReadoutPositions(images=torch.tensor([end + 1]), texts=torch.tensor([end])),
             }
+        if preference and self.preference is None:
+            values["preference"] = PreferenceBatch.idle(token_id).packed()
         return replace(self, **values)
 
     def to(self, device: torch.device) -> PackedRow:
@@ -113,15 +120,16 @@ def make_row(
     image_token_id: int,
     eos_token_id: int,
     contrast: ContrastBatch | None = None,
-    loss_chunk: int = 1024,
+    loss_chunk: int = LOSS_CHUNK,
     num_slots: int | None = None,
+    preference: PreferenceBatch | None = None,
 ) -> PackedRow:
     """Lay a pack out as a row.
 
     Args:
         image_features: of the pack's images, in their order.
         eos_token_id: the readout token.
-        contrast: of the pack's images, from `pack_contrast`.
+        contrast, preference: of the pack's images, from `pack_examples`.
         num_slots: tokens that the pack had room for; by default as many as it has.
     """
     borders = pack.cu_seqlens.tolist()
@@ -164,24 +172,26 @@ def make_row(
         num_slots=len(ids) if num_slots is None else num_slots,
         contrast=contrast,
         readouts=readouts,
+        preference=None if preference is None else preference.packed(),
     )
 
 
-def pack_contrast(
-    pack: PackedBatch, tokenizer: PreTrainedTokenizerBase, num_hallucinated: int, turn: int, truths: bool = False
-) -> ContrastBatch | None:
-    """The contrast of a pack's images that have a caption; None if none has.
+def pack_examples(
+    pack: PackedBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    encode_answers: Callable[[Sequence[Sequence[str]]], Answers] | None = None,
+) -> Examples:
+    """A pack's captions and hallucinated captions, for `make_contrast` and `make_preference`; no conversations.
 
     Args:
-        turn: decides, with the image's place in the pack, which of its hallucinated captions come now.
-        truths: take the hallucinated captions' own truths along.
+        encode_answers: of captions, hallucinated captions and their truths; for a preference.
     """
     captions = [caption or "" for caption in pack.captions]
     lies = [items if caption else () for caption, items in zip(captions, pack.hallucinated, strict=True)]
     every = [item for items in lies for item in items]
     told, true = [item.text for item in every], [item.truth for item in every]
     nothing = np.zeros(0, dtype=np.int64)
-    examples = Examples(
+    return Examples(
         input_ids=Ragged.of([]),
         labels=Ragged.of([]),
         image_index=nothing,
@@ -193,18 +203,17 @@ def pack_contrast(
         hallucinated_types=np.asarray([TYPES.index(item.type) for item in every], dtype=np.int64),
         truths=Ragged.of(encode_texts(tokenizer, true)),
         truth_groups=text_groups(true),
+        answers=None if encode_answers is None else encode_answers((captions, told, true)),
     )
-    # The padding is cut off again.
-    return make_contrast(examples, np.arange(len(captions)), 0, num_hallucinated, turn, truths)
 
 
 def forward_packed(
-    model: LlavaForConditionalGeneration, row: PackedRow, label_loss: LabelLoss | None = None
+    model: LlavaForConditionalGeneration, images_ITH: torch.Tensor | None, row: PackedRow, label_loss: LabelLoss
 ) -> tuple[torch.Tensor, ContrastStates | None]:
     """The sum of the generation loss over the row's labels, and the states of its contrast.
 
     Args:
-        label_loss: over the model's head; made here without it.
+        images_ITH: the row's image features, projected.
 
     Raises:
         TrainingError: outside of `attention.documents_apart`.
@@ -216,9 +225,7 @@ def forward_packed(
             " documents would see each other; train within documents_apart(language_model)."
         )
     embeddings_NH = model.get_input_embeddings()(row.input_ids)
-    if row.image_features is not None:
-        dtype = embeddings_NH.dtype
-        images_ITH = model.model.multi_modal_projector(row.image_features.to(dtype)).to(dtype)
+    if images_ITH is not None:
         images_nH = images_ITH.flatten(0, 1)[row.image_tokens]
         embeddings_NH = embeddings_NH.index_copy(0, row.image_positions, images_nH)
     hidden_NH = language_model(
@@ -227,8 +234,7 @@ def forward_packed(
         documents=row.documents,
         use_cache=False,
     ).last_hidden_state[0]
-    label_loss = label_loss or LabelLoss(model.lm_head)
-    loss = label_loss(hidden_NH[row.label_positions], row.label_ids, row.loss_chunk)
+    loss = label_loss(model.lm_head, hidden_NH[row.label_positions], row.label_ids, row.loss_chunk)
     if row.readouts is None:
         return loss, None
     return loss, ContrastStates(hidden_NH[row.readouts.images], hidden_NH[row.readouts.texts])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +26,20 @@ from shellv_core.templates import template_of
 from shellv_core.training.attention import documents_apart
 from shellv_core.training.config import TrainingConfig
 from shellv_core.training.engines.base import precision
+from shellv_core.training.examples import encode_answers
 from shellv_core.training.features import tower_features
 from shellv_core.training.loop import Part, StepData
 from shellv_core.training.model import TrainingModel
-from shellv_core.training.packed import PackedRow, make_row, pack_contrast
-from shellv_core.training.pairs import ContrastBatch
+from shellv_core.training.packed import PackedRow, make_row, pack_examples
+from shellv_core.training.pairs import ContrastBatch, PreferenceBatch, make_contrast, make_preference
 from shellv_core.training.processes import first_on_node, num_processes, rank, sums
 
 logger = get_logger(__name__)
+
+
+class _Objectives(NamedTuple):
+    contrast: ContrastBatch | None = None
+    preference: PreferenceBatch | None = None
 
 
 class PackedFeed:
@@ -46,6 +52,17 @@ class PackedFeed:
         self.total = _total_steps(loader, config)
         image_processor = processor.image_processor
         self._mean, self._std = list(image_processor.image_mean), list(image_processor.image_std)
+        self._encode_answers = None
+        if module.preference.weight:
+            self._encode_answers = functools.partial(
+                encode_answers,
+                prompt=module.preference.prompt,
+                tokenizer=processor.tokenizer,
+                image_token_id=module.model.config.image_token_id,
+                num_image_tokens=num_image_tokens(module.model),
+                max_length=config.max_length,
+                template=template_of(processor),
+            )
         self.identity = [loader.plan_hash, loader.image_size, self._mean, self._std]
 
     def steps(self, first: int, position: dict[str, Any] | None) -> Iterator[StepData]:
@@ -78,44 +95,62 @@ class PackedFeed:
         return documents_apart(self.module.model.model.language_model)
 
     def _step(self, packs: list[PackedBatch], turn: int) -> StepData:
-        contrasts: list[ContrastBatch | None] = [None] * len(packs)
-        if self.module.heads is not None:
-            hacl, tokenizer = self.module.hacl, self.processor.tokenizer
-            contrasts = [
-                pack_contrast(pack, tokenizer, hacl.num_hallucinated, turn, hacl.truth_weight > 0) for pack in packs
-            ]
-        counts = [0 if contrast is None else len(contrast.images) for contrast in contrasts]
+        objectives = [self._objectives(pack, turn) for pack in packs]
+        counts = [0 if each.contrast is None else len(each.contrast.images) for each in objectives]
+        pairs = [0 if each.preference is None else each.preference.num_pairs for each in objectives]
         # An epoch's last step may have fewer packs than others, and some processes none.
         most = -(-self.loader.global_batch // self.loader.world_size)
         missing = [0] * (most - len(packs))
-        num_labels, *totals = sums([sum(map(_num_labels, packs)), *counts, *missing, *([1] * len(packs)), *missing])
+        own = [sum(map(_num_labels, packs)), sum(pairs)]
+        num_labels, num_pairs, *totals = sums([*own, *counts, *missing, *([1] * len(packs)), *missing])
         num_parts = sum(total > 0 for total in totals[most:])
-        parts = self._parts(packs, contrasts, counts, totals[:num_parts], sum(totals[:most]))
-        return StepData(parts, num_parts, int(num_labels))
+        images = sum(totals[:most])
+        return StepData(
+            self._parts(packs, objectives, totals[:num_parts], images, num_pairs), num_parts, int(num_labels)
+        )
+
+    def _objectives(self, pack: PackedBatch, turn: int) -> _Objectives:
+        """What the contrast and the preference read of a pack; `turn` decides which hallucinated captions come now."""
+        hacl, wanted = self.module.hacl, self._encode_answers is not None
+        if self.module.heads is None and not wanted:
+            return _Objectives()
+        examples = pack_examples(pack, self.processor.tokenizer, self._encode_answers)
+        images = np.arange(examples.num_images)
+        contrast = preference = None
+        # The padding, token 0, is cut off again.
+        if self.module.heads is not None:
+            contrast = make_contrast(examples, images, 0, hacl.num_hallucinated, turn, hacl.truth_weight > 0)
+        if wanted:
+            preference = make_preference(examples, images, self.module.model.config.image_token_id, 0, turn)
+        return _Objectives(contrast, preference)
 
     def _parts(
         self,
         packs: list[PackedBatch],
-        contrasts: list[ContrastBatch | None],
-        counts: list[int],
+        objectives: list[_Objectives],
         totals: list[float],
-        total: float,
+        num_images: float,
+        num_pairs: float,
     ) -> Iterator[Part]:
         """Rows of the packs.
 
         Args:
-            counts: images in contrast, of each pack.
-            totals: the same, of each pass in all processes.
-            total: of the step.
+            totals: images in contrast, of each pass in all processes.
+            num_images: the same of the step.
+            num_pairs: of the preference, of the step in all processes.
         """
+        gather, factor = self.module.hacl.gather, num_processes()
         for number, together in enumerate(totals):
-            has = number < len(packs)
-            row = self._row(packs[number], contrasts[number]) if has else PackedRow.idle(self.module.eos_token_id)
-            own_share = num_processes() * (counts[number] if has else 0) / max(total, 1)
-            share = together / max(total, 1) if self.module.hacl.gather else own_share
-            yield Part(row, share, own_share)
+            if number >= len(packs):
+                yield Part(PackedRow.idle(self.module.eos_token_id), together / max(num_images, 1) if gather else 0, 0)
+                continue
+            contrast, preference = objectives[number]
+            own = factor * len(contrast.images) if contrast is not None else 0
+            pairs = factor * preference.num_pairs if preference is not None else 0
+            share = (together if gather else own) / max(num_images, 1)
+            yield Part(self._row(packs[number], contrast, preference), share, pairs / max(num_pairs, 1))
 
-    def _row(self, pack: PackedBatch, contrast: ContrastBatch | None) -> PackedRow:
+    def _row(self, pack: PackedBatch, contrast: ContrastBatch | None, preference: PreferenceBatch | None) -> PackedRow:
         model = self.module.model
         features = None
         if len(pack.images):
@@ -130,6 +165,7 @@ class PackedFeed:
             contrast,
             self.config.loss_chunk,
             self.loader.max_length,
+            preference,
         )
 
 
@@ -145,16 +181,11 @@ def packed_feed(
     """A feed of the packs of a split.
 
     Raises:
-        ConfigError: if there is no source of shards, or a preference is to be learned, which has no packed form.
+        ConfigError: if there is no source of shards.
         DataError: if the split has no index or cannot be encoded.
     """
     if source is None:
         raise ConfigError("training.packing=true reads shards of prepare_data; there are none here. Set it to false.")
-    if module.preference.weight:
-        raise ConfigError(
-            f"preference.weight={module.preference.weight} does not go together with training.packing=true; set"
-            " training.packing=false or preference.weight=0."
-        )
     encoder = ConversationEncoder(
         processor.tokenizer,
         module.model.config.image_token_id,

@@ -6,12 +6,13 @@ length and never searched for: padding may have the id of the end-of-text token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from shellv_core.training.attention import Documents
 from shellv_core.training.examples import Examples, Ragged
 
 
@@ -68,6 +69,33 @@ class ContrastBatch:
 
 
 @dataclass(frozen=True)
+class ReadoutBatch:
+    """The rows of a contrast's images in padded form: P times the beginning of a conversation up to the image's end.
+
+    Attributes:
+        input_ids: (P, T), right-padded.
+        row_images: (P,) each row's image, a row of the batch's image features.
+        image_positions: (P * num_image_tokens,) in the flattened `input_ids`.
+        ends: (P,) the position behind the image, where the readout token stands.
+    """
+
+    input_ids: torch.Tensor
+    row_images: torch.Tensor
+    image_positions: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def idle(cls, token_id: int) -> ReadoutBatch:
+        """One row without an image."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.full((1, 1), token_id), nothing, nothing, torch.zeros(1, dtype=torch.int64))
+
+    def to(self, device: torch.device) -> ReadoutBatch:
+        """Copy to `device`."""
+        return ReadoutBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class ContrastStates:
     """Last hidden states of a contrast: images (P, H), and texts (P + P * K + U, H) as `ContrastBatch.text_ids`."""
 
@@ -82,36 +110,76 @@ class PreferenceBatch:
     Rows are the P captions, the P lies, and the captions of `elsewhere` pairs once more, with another image.
 
     Attributes:
-        input_ids: (R, T), right-padded.
-        row_images: (R,) each row's image, a row of the batch's image features.
-        image_positions: (R * num_image_tokens,) in the flattened `input_ids`.
+        input_ids: (R, T), right-padded; packed (1, N), prompts one behind another, then answers.
+        lengths: (R,) tokens of each row.
+        prompt_length: tokens of the prompt, with which each row begins.
+        row_images: (R,) each row's image, a row of the batch's image features; packed, each prompt's.
+        image_positions: (len(row_images) * num_image_tokens,) in the flattened `input_ids`.
         label_positions: (L,) positions in the flattened `input_ids` whose next token is of the answer.
         label_ids, label_rows: (L,) these next tokens, and their rows.
         elsewhere: (E,) pairs for which the batch has another image.
+        position_ids: (1, N), if packed.
+        documents: prompts, and answers as their branches, if packed.
     """
 
     input_ids: torch.Tensor
+    lengths: torch.Tensor
+    prompt_length: int
     row_images: torch.Tensor
     image_positions: torch.Tensor
     label_positions: torch.Tensor
     label_ids: torch.Tensor
     label_rows: torch.Tensor
     elsewhere: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    documents: Documents | None = None
 
     @classmethod
     def idle(cls, token_id: int) -> PreferenceBatch:
         """One pair of texts of one token, of which nothing counts."""
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.full((2, 1), token_id), none, none, none, none, none, none)
+        return cls(
+            torch.full((2, 1), token_id), torch.ones(2, dtype=torch.int64), 1, none, none, none, none, none, none
+        )
 
     @property
     def num_pairs(self) -> int:
         """P."""
-        return (len(self.input_ids) - len(self.elsewhere)) // 2
+        return (len(self.lengths) - len(self.elsewhere)) // 2
+
+    def packed(self) -> PreferenceBatch:
+        """Without padding, and each image's prompt once: answers to it are branches, which do not see each other."""
+        width, length = self.input_ids.shape[1], self.prompt_length
+        images, prompts = self.row_images.unique(return_inverse=True)
+        if not len(images):
+            prompts = torch.zeros_like(self.lengths)
+        num_prompts = max(len(images), 1)
+        columns = torch.arange(width).expand_as(self.input_ids)
+        # The last token of an answer is learned and predicts nothing.
+        answers = (columns >= length) & (columns < self.lengths[:, None] - 1)
+        behind = num_prompts * length + answers.flatten().cumsum(0).view_as(columns) - 1
+        place = torch.where(columns < length, prompts[:, None] * length + columns, behind)
+        image_columns = self.image_positions.view(len(self.lengths), -1)[0] % width
+        starts, tails = (prompts * length).tolist(), answers.sum(1).tolist()
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids[0, :length].repeat(num_prompts), self.input_ids[answers]])[None],
+            row_images=images,
+            image_positions=(torch.arange(num_prompts)[:, None] * length + image_columns).flatten(),
+            label_positions=place.flatten()[self.label_positions],
+            position_ids=torch.cat([torch.arange(length).repeat(num_prompts), columns[answers]])[None],
+            documents=Documents(
+                tuple(range(0, num_prompts * length + 1, length)),
+                tuple((start, start + length) for start, tail in zip(starts, tails, strict=True) if tail),
+                tuple(filter(None, tails)),
+            ),
+        )
 
     def to(self, device: torch.device) -> PreferenceBatch:
         """Copy to `device`."""
-        return PreferenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        return PreferenceBatch(
+            **{name: value.to(device) if hasattr(value, "to") else value for name, value in vars(self).items()}
+        )
 
 
 def make_contrast(
@@ -146,6 +214,34 @@ def make_contrast(
         hallucinated_valid=torch.from_numpy(valid),
         truth_groups=torch.from_numpy(examples.truth_groups[chosen]),
         truth_valid=torch.from_numpy(has_truth),
+    )
+
+
+def make_readouts(
+    input_ids: np.ndarray, image_positions: np.ndarray, row_images: np.ndarray, images: np.ndarray, pad_token_id: int
+) -> ReadoutBatch:
+    """The readouts of `images`, each behind the beginning of its first conversation.
+
+    Args:
+        input_ids: (B, T), right-padded conversations.
+        image_positions: (R, num_image_tokens) in the flattened `input_ids`, of the conversations with an image.
+        row_images: (R,) these conversations' images, rows of the batch's image features.
+        images: (P,) rows of the batch's image features.
+    """
+    width = input_ids.shape[1]
+    known, firsts = np.unique(row_images, return_index=True)
+    positions = image_positions[firsts[np.searchsorted(known, images)]]
+    columns = positions % width
+    ends = columns.max(axis=1) + 1
+    length = int(ends.max()) + 1
+    begun = np.pad(input_ids[positions[:, 0] // width], ((0, 0), (0, 1)))[:, :length]
+    inside = np.arange(length)[None, :] < ends[:, None]
+    places = np.arange(len(images))[:, None] * length + columns
+    return ReadoutBatch(
+        input_ids=torch.from_numpy(np.where(inside, begun, pad_token_id)),
+        row_images=torch.from_numpy(images),
+        image_positions=torch.from_numpy(places.reshape(-1)),
+        ends=torch.from_numpy(ends),
     )
 
 
@@ -184,6 +280,8 @@ def make_preference(
     row_images = np.concatenate([rows, rows, np.asarray([others[at] for at in elsewhere], dtype=np.int64)])
     return PreferenceBatch(
         input_ids=torch.from_numpy(input_ids),
+        lengths=torch.from_numpy(lengths + prompt_length),
+        prompt_length=prompt_length,
         row_images=torch.from_numpy(row_images),
         image_positions=torch.from_numpy((np.arange(len(texts))[:, None] * width + image_columns).reshape(-1)),
         label_positions=torch.from_numpy(label_rows * width + columns - 1),

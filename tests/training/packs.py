@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional
 
 from shellv_core.data.loader import NO_IMAGE, PackedBatch
 from shellv_core.data.packing import document_layout
-from shellv_core.data.samples import HallucinatedCaption
+from shellv_core.data.samples import HallucinatedCaption, Sample
+from shellv_core.training.examples import Examples
 from shellv_core.training.losses.hacl import ContrastFeatures, contrastive_loss
 
 IMAGE_SIZE = 28
@@ -70,6 +72,25 @@ def random_pack(
         ),
         keys=tuple(f"d{number}" for number in range(len(ids))),
         documents=torch.arange(len(ids)),
+    )
+
+
+def pack_of(samples: Sequence[Sample], examples: Examples) -> PackedBatch:
+    """All conversations of `samples`, tokenized as `examples`, as one pack; its pictures are empty."""
+    rows = range(len(examples))
+    position_ids, borders = document_layout(examples.input_ids.lengths)
+    shown = [sample for sample in samples if sample.image is not None]
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([examples.input_ids.at(row) for row in rows]).astype(np.int64)),
+        labels=torch.from_numpy(np.concatenate([examples.labels.at(row) for row in rows]).astype(np.int64)),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(borders),
+        images=torch.zeros(len(shown), 3, 0, 0, dtype=torch.uint8),
+        image_index=torch.from_numpy(examples.image_index),
+        captions=tuple(sample.caption for sample in shown),
+        hallucinated=tuple(tuple(sample.hallucinated_captions) for sample in shown),
+        keys=tuple(map(str, rows)),
+        documents=torch.arange(len(rows)),
     )
 
 

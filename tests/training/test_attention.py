@@ -16,6 +16,9 @@ HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 CASES = {
     "one": Documents((0, 7)),
     "mixed": Documents((0, 40, 41, 43, 60, 61, 100, 140), ((0, 30), (60, 61), (100, 130), (61, 99))),
+    "branches": Documents(
+        (0, 40, 41, 60, 100), ((0, 30), (0, 30), (40, 41), (60, 100), (0, 30), (41, 59)), (5, 5, 12, 1, 20, 5)
+    ),
     "alike": Documents((0, 5, 10, 15, 40, 64), ((0, 3), (5, 8))),
 }
 
@@ -37,10 +40,12 @@ def visible(documents, window):
             mask[token, start : token + 1] = True
             if window:
                 mask[token, : max(token + 1 - window, 0)] = False
-    for number, (start, stop) in enumerate(documents.spans):
-        token = documents.borders[-1] + number
-        mask[token, max(start, stop + 1 - window) if window else start : stop] = True
-        mask[token, token] = True
+    begun = documents.borders[-1]
+    for (start, stop), length in zip(documents.spans, documents.branches or (1,) * len(documents.spans), strict=True):
+        for number in range(length):
+            seen = [*range(start, stop), *range(begun, begun + number + 1)]
+            mask[begun + number, seen[-window:] if window else seen] = True
+        begun += length
     return mask
 
 

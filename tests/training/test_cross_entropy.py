@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shellv_core.training.cross_entropy import chunked_cross_entropy
+from shellv_core.training.cross_entropy import chunked_cross_entropy, log_probabilities
 
 POSITIONS, HIDDEN, VOCABULARY = 23, 6, 41
 
@@ -85,7 +85,37 @@ def test_without_labels_the_loss_is_zero_and_keeps_its_graph():
     assert not head.weight.grad.any()
 
 
-def test_no_tensor_holds_the_logits_of_more_than_a_chunk():
+@pytest.mark.parametrize("chunk", [1, 7, 23, 100])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_probabilities_are_the_plain_ones(chunk, autocast):
+    hidden, head, labels = parts(bias=True)
+    weights = torch.linspace(-1, 2, POSITIONS)
+    results = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for values in (
+            log_probabilities(hidden, head, labels, chunk),
+            -functional.cross_entropy(head(hidden).float(), labels, reduction="none"),
+        ):
+            results.append((values, torch.autograd.grad(values @ weights, [hidden, *head.parameters()])))
+        with torch.no_grad():
+            torch.testing.assert_close(log_probabilities(hidden, head, labels, chunk), results[0][0])
+    limits = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(*results, **limits)
+    assert results[0][0].shape == (POSITIONS,)
+
+
+def test_log_probabilities_of_nothing_keep_their_graph():
+    hidden, head, labels = parts(positions=0)
+    values = log_probabilities(hidden, head, labels, 4)
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert not head.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "function", [chunked_cross_entropy, lambda *arguments: log_probabilities(*arguments).sum()], ids=["sum", "each"]
+)
+def test_no_tensor_holds_the_logits_of_more_than_a_chunk(function):
     class Largest(TorchDispatchMode):
         rows = 0
 
@@ -99,7 +129,7 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk():
     found = []
     for chunk in (4, POSITIONS):
         with Largest() as largest:
-            chunked_cross_entropy(hidden, head, labels, chunk).backward()
+            function(hidden, head, labels, chunk).backward()
         found.append(largest.rows)
     # The transposed weight has HIDDEN rows.
     assert found == [HIDDEN, POSITIONS]

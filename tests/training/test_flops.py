@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shellv_core.models.compose import num_image_tokens
+from shellv_core.models.compose import num_image_tokens, projector_layers
 from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
@@ -23,9 +23,11 @@ from shellv_core.training.loop import set_trainable
 from shellv_core.training.meter import Meter, peak_memory
 from shellv_core.training.model import TrainingModel
 from shellv_core.training.packed import make_row
+from shellv_core.training.pairs import make_preference, make_readouts
 from tests.bench.hacl_step import random_contrast
 from tests.bench.models import EOS_TOKEN, IMAGE_TOKEN, random_pack
 from tests.bench.packed_training import padded
+from tests.training.packs import pack_of
 from tests.training.tiny import CLIP, LANGUAGE_MODEL, tiny_model, tiny_samples
 
 TEXTS, LABELLED = 40, 0.5
@@ -65,6 +67,11 @@ def counted(run):
     return counter.get_total_flops()
 
 
+def unseen(module, batch, learns):
+    """The counter does not see addmm_, by which the chunked loss adds up the head's own gradient."""
+    return FlopFormula(module, tower_runs=False).per_label / 3 * len(batch.label_ids) if learns == "all" else 0
+
+
 def backward(module, batch):
     output = module(batch)
     loss = output.generation_loss_sum
@@ -81,7 +88,8 @@ def test_a_padded_step_without_padding(parts, learns):
     # Plain attention computes what comes later too, and masks it.
     whole_square = flops.attention * 2 * length / (length + 1)
     expected = flops.total - flops.attention + whole_square
-    assert counted(lambda: backward(module, batch)) == pytest.approx(expected, rel=0.01)
+    seen = expected - unseen(module, batch, learns)
+    assert counted(lambda: backward(module, batch)) == pytest.approx(seen, rel=0.01)
     assert flops.contrast == flops.preference == flops.vision_tower == 0
     with torch.no_grad():
         forward = counted(lambda: module(batch))
@@ -102,9 +110,7 @@ def test_a_packed_step_with_contrast(parts, learns):
         matrices = flops[name].total - formula.attention(row.documents.lengths) * 3
         readouts = [stop - start + 1 for start, stop in row.documents.spans]
         matrices -= 12 * formula.attention_size * sum(readouts)
-        if learns == "all":
-            # The counter does not see addmm_, by which the chunked loss adds up the head's own gradient.
-            matrices -= formula.per_label / 3 * len(row.label_ids)
+        matrices -= unseen(module, row, learns)
         with documents_apart(module.model.model.language_model):
             seen = FlopCounterMode(display=False)
             with seen:
@@ -141,9 +147,13 @@ def test_padding_and_lies_that_are_not_there_do_not_count(parts):
     assert plain.language_model == packed.language_model
     assert plain.attention == pytest.approx(packed.attention, rel=0.25)
     batch = padded(make_row(pack, features, IMAGE_TOKEN, EOS_TOKEN))
-    whole = formula.of(replace(batch, contrast=contrast)).contrast
+    count = num_image_tokens(module.model)
+    readouts = make_readouts(
+        batch.input_ids.numpy(), batch.image_positions.view(2, count).numpy(), np.arange(2), np.arange(2), 0
+    )
+    whole = formula.of(replace(batch, contrast=contrast, readouts=readouts)).contrast
     contrast.hallucinated_valid[1] = False
-    less = formula.of(replace(batch, contrast=contrast)).contrast
+    less = formula.of(replace(batch, contrast=contrast, readouts=readouts)).contrast
     assert whole - less == pytest.approx(14 * formula.per_token, rel=0.15)
 
 
@@ -151,24 +161,37 @@ def test_the_preference_counts_its_reference(parts):
     module = module_of(parts, "lora")
     module.preference = PreferenceConfig(weight=1.0)
     model, processor = module.model, parts[1]
+    given = tiny_samples(2, False)
     examples = tokenize_samples(
-        tiny_samples(2, False), processor.tokenizer, model.config.image_token_id, num_image_tokens(model), 256,
+        given, processor.tokenizer, model.config.image_token_id, num_image_tokens(model), 256,
         template=template_of(processor), prompt="Describe the image.",
     )  # fmt: skip
     features = torch.randn(2, num_image_tokens(model), model.config.vision_config.hidden_size)
     rows = np.flatnonzero(examples.image_index >= 0)
     ids = (model.config.image_token_id, model.generation_config.pad_token_id)
-    batches = [make_batch(examples, rows, features, *ids, preference=each) for each in (False, True)]
+    padded_batch = make_batch(examples, rows, features, *ids, preference=True)
+    preference = make_preference(examples, np.arange(2), *ids, turn=0)
+    row = make_row(pack_of(given, examples), features, ids[0], EOS_TOKEN, preference=preference)
 
-    def run(batch):
-        output = module(batch)
-        extra = 0 if output.preference is None else output.preference.objective(1.0, 1.0)
-        (output.generation_loss_sum + extra).backward()
+    def matrices(row):
+        with FlopCounterMode(display=False) as counter, documents_apart(module.model.model.language_model):
+            output = module(row)
+            extra = 0 if output.preference is None else output.preference.objective(1.0, 1.0)
+            (output.generation_loss_sum + extra).backward()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(number for operation, number in counts.items() if "attention" not in str(operation))
 
     formula = FlopFormula(module, tower_runs=False)
-    plain, preferring = (counted(lambda batch=batch: run(batch)) for batch in batches)
-    assert formula.of(batches[0]).preference == 0
-    assert formula.of(batches[1]).preference == pytest.approx(preferring - plain, rel=0.1)
+    assert formula.of(replace(row, preference=None)).preference == 0
+    found, documents = formula.of(row).preference, row.preference.documents
+    assert formula.of(padded_batch).preference == found, "a prompt that is run again does not count again"
+    seen = matrices(row) - matrices(replace(row, preference=None))
+    whole = [stop - start + length for (start, stop), length in zip(documents.spans, documents.branches, strict=True)]
+    prompts = [stop - start for start, stop in documents.spans]
+    attention = formula.attention(documents.lengths) + formula.attention(whole) - formula.attention(prompts)
+    # The projector runs once more for the reference.
+    projector = 2 * sum(each.weight.numel() for each in projector_layers(model)) * features[..., 0].numel()
+    assert found - 4 * attention + projector == pytest.approx(seen, rel=0.01)
 
 
 def test_peaks_are_known_by_the_device_s_name(monkeypatch):

@@ -15,7 +15,7 @@ from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
 from shellv_core.training import memory
-from shellv_core.training.config import HaclConfig, TrainingConfig
+from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 from shellv_core.training.loop import set_trainable
 from shellv_core.training.memory import DEVICES, check_memory, estimate_memory, largest_batch
 from shellv_core.training.model import TrainingModel
@@ -83,6 +83,20 @@ def test_layers_are_alike(models, monkeypatch):
         assert few.total == pytest.approx(whole.total, rel=0.02)
         found[settings.gradient_checkpointing, settings.packing] = few
     assert found[True, False].layers < 0.5 * found[False, False].layers
+
+
+def test_a_preference_counts_in_packs_too(models):
+    """Its passes come on top; answers share their prompts in a pack, so there it takes less."""
+    preferring = module_of(models, lora=True)
+    preferring.preference = PreferenceConfig(weight=1.0)
+    found = {}
+    for packing in (False, True):
+        settings = config(packing=packing, pack_tokens=512)
+        found[packing] = estimated(preferring, settings)
+        plain = estimated(module_of(models, lora=True), settings)
+        assert plain.contrast == 0
+        assert found[packing].total > 1.1 * plain.total
+    assert 0 < found[True].contrast < found[False].contrast
 
 
 def test_states_are_shared_as_zero_shares_them(models):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,11 @@ from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
 from shellv_core.training import attention
 from shellv_core.training.attention import Documents, documents_apart
-from shellv_core.training.batches import Batch
 from shellv_core.training.config import HaclConfig
 from shellv_core.training.features import tower_features
 from shellv_core.training.model import TrainingModel
-from shellv_core.training.packed import make_row, pack_contrast
+from shellv_core.training.packed import make_row, pack_examples
+from shellv_core.training.pairs import make_contrast
 from tests.training.packs import padded_passes, random_pack
 from tests.training.tiny import CLIP, LANGUAGE_MODEL, tiny_model
 
@@ -64,6 +65,11 @@ def pack_of(module, processor, **options):
     contrast = pack_contrast(pack, processor.tokenizer, 2, turn=1, truths=True) if module.heads is not None else None
     row = make_row(pack, features, config.image_token_id, module.eos_token_id, contrast, loss_chunk=5)
     return pack, features, contrast, row
+
+
+def pack_contrast(pack, tokenizer, num_hallucinated, turn, truths=False):
+    examples = pack_examples(pack, tokenizer)
+    return make_contrast(examples, np.arange(examples.num_images), 0, num_hallucinated, turn, truths)
 
 
 def packed(module, row):
@@ -146,35 +152,6 @@ def test_gradient_checkpointing_keeps_documents_apart(starcoder):
     output, mine = packed(module, row)
     assert torch.equal(output.generation_loss_sum, expected_output.generation_loss_sum)
     assert_same_gradients(mine, expected, 1e-6)
-
-
-def test_where_the_image_stands_first_the_padded_form_of_training_is_the_same(starcoder):
-    """Without text before the image, the readout of `TrainingModel`'s padded batches sees the same."""
-    module = module_of(starcoder)
-    pack, features, contrast, row = pack_of(
-        module, starcoder[1], prefix=0, lengths=((8, True), (11, True)), shared=False
-    )
-    borders = pack.cu_seqlens.tolist()
-    width = max(stop - start for start, stop in itertools.pairwise(borders))
-    input_ids, labels = torch.zeros(2, width, dtype=torch.int64), torch.full((2, width), -100)
-    for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-        input_ids[number, : stop - start] = pack.input_ids[start:stop]
-        labels[number, : stop - start] = pack.labels[start:stop]
-    targets = torch.full_like(labels, -100)
-    targets[:, :-1] = labels[:, 1:]
-    label_positions = (targets.flatten() != -100).nonzero()[:, 0]
-    image_positions = (input_ids.flatten() == module.model.config.image_token_id).nonzero()[:, 0]
-    batch = Batch(
-        input_ids, features, torch.arange(2), image_positions, label_positions, targets.flatten()[label_positions],
-        borders[-1], contrast,
-    )  # fmt: skip
-    expected_output = module(batch)
-    (expected_output.generation_loss_sum + expected_output.contrast.objective(0.5)).backward()
-    expected = gradients(module)
-    output, mine = packed(module, row)
-    assert relative(output.generation_loss_sum, expected_output.generation_loss_sum) < 1e-5
-    assert relative(output.contrast.objective(0.5), expected_output.contrast.objective(0.5)) < 1e-5
-    assert_same_gradients(mine, expected, 1e-5)
 
 
 def test_positions_begin_anew_in_every_document(starcoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -19,7 +20,7 @@ from shellv_core.training.config import AlignmentConfig, HaclConfig, PreferenceC
 from shellv_core.training.examples import tokenize_samples
 from shellv_core.training.fit import TrainingData, fit
 from shellv_core.training.loop import set_trainable, train_from
-from shellv_core.training.model import TrainingModel
+from shellv_core.training.model import TrainingModel, frozen_copy
 from shellv_core.training.packed_feed import pack_sizes, packed_feed
 from tests.data.shard_folder import shard_folder
 from tests.stages.training_data import MODEL
@@ -179,12 +180,51 @@ def test_settings_that_contradict_are_refused(tmp_path, project_folder):
         fit(module, processor, TrainingData(tiny_samples, 9, "tiny"), settings, 0, tmp_path, print, "test")
 
 
-def test_a_preference_is_refused(data, tmp_path):
-    settings = config()
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_preference_is_learned(data, tmp_path, lora):
+    settings = config(max_steps=25, log_every_steps=5)
+    module, processor = fresh(settings, lora=lora)
+    module.preference = PreferenceConfig(weight=1.0, prompt="What is seen?")
+    module.reference = None if lora else frozen_copy(module.model)
+    logged = {}
+    fit(module, processor, data, settings, 0, tmp_path, lambda metrics, step: logged.update({step: metrics}), "test")
+    assert logged[25]["preference_loss"] < 0.8 * logged[5]["preference_loss"]
+    assert logged[25]["preference_image_loss"] < logged[5]["preference_image_loss"]
+    assert logged[25]["reward_margin"] > logged[5]["reward_margin"]
+    assert "image_to_text_loss" in logged[25]
+
+
+def test_a_preference_counts_every_pair_of_a_step_alike(data):
+    settings = config(global_batch_size=18, pack_tokens=256)
+    module, processor = fresh(settings, hacl=False)
+    module.preference = PreferenceConfig(weight=1.0, prompt="What is seen?")
+    with packed_feed(module, processor, data.source, "train", settings, 0) as feed:
+        for step in feed.steps(0, None):
+            parts = list(step.parts)
+            pairs = [0 if part.batch.preference is None else part.batch.preference.num_pairs for part in parts]
+            assert len(pairs) > 1
+            assert [part.own_share for part in parts] == pytest.approx([each / sum(pairs) for each in pairs])
+            break
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({}, []),
+        ({"hallucinated_captions": ()}, ["preference"]),
+        ({"hallucinated_captions": (), "caption": None}, ["hacl", "preference"]),
+    ],
+)
+def test_objectives_that_find_nothing_are_warned_of(change, warned, tmp_path, project_folder, caplog):
+    samples = [dataclasses.replace(sample, **change) for sample in SAMPLES[:6]]
+    uri = shard_folder((tmp_path / "data").as_uri(), tmp_path / "work", {"train": samples}, samples_per_shard=8).uri
+    settings = config(max_steps=1)
     module, processor = fresh(settings)
     module.preference = PreferenceConfig(weight=0.5)
-    with pytest.raises(ConfigError, match=r"preference.weight=0.5 does not go together with training.packing=true"):
-        fit(module, processor, data, settings, 0, tmp_path, print, "test")
+    with caplog.at_level("WARNING"):
+        fit(module, processor, TrainingData.of(InputDirectory(uri), "train"), settings, 0, tmp_path, print, "test")
+    said = [line.split(".weight=")[0].split()[-1] for line in caplog.text.splitlines() if "has no effect" in line]
+    assert said == warned
 
 
 def test_both_stages_train_from_packs(folder, tmp_path, project_folder):

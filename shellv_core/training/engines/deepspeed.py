@@ -60,7 +60,8 @@ class ZeroEngine:
             self._check(deepspeed.DeepSpeedEngine)
             self._changes = changes.pop_all()
         if self.stage == 3:
-            deepspeed.zero.register_external_parameter(module.label_loss, module.model.lm_head.weight)
+            for model in filter(None, (module.model, module.reference)):
+                deepspeed.zero.register_external_parameter(module.label_loss, model.lm_head.weight)
         self._make_states()
         self.details: dict[str, Any] = {
             "engine": "deepspeed",
