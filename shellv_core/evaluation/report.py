@@ -104,8 +104,8 @@ def render_report(
     """
     trees = score_rows(results)
     families = list(dict.fromkeys(map(family_of, results["metrics"][CANDIDATE])))
-    speakers = [*results["models"], f"{CANDIDATE}_{BLIND}"]
-    other = next((row for row in results["models"] if row != CANDIDATE), f"{CANDIDATE}_{BLIND}")
+    others = [row for row in (*results["models"], f"{CANDIDATE}_{BLIND}") if row in rows and row != CANDIDATE]
+    speakers = [CANDIDATE, *others]
     cards = _Cards(rows, images, marks or {})
     num_questions = {
         family: [len(asked) for name, asked in rows[CANDIDATE].questions.items() if family_of(name) == family]
@@ -126,8 +126,8 @@ def render_report(
             family: tables(family, {row: scores[family] for row, scores in trees.items()}) for family in families
         },
         confusion=results["confusion"],
-        other=other,
-        differences=cards.differences(CANDIDATE, other),
+        other=others[0] if others else "",
+        differences=cards.differences(CANDIDATE, others[0]) if others else [],
         failures=cards.failures(CANDIDATE, speakers),
         samples=cards.samples(speakers, num_pictures),
     )
@@ -165,7 +165,7 @@ def render_comparison(
         comparison=comparison,
         families=families,
         charts=_charts(metrics, families, confusion(rows[0]), {}, short),
-        differences=cards.differences(*metrics, of_each=2 * NUM_DIFFERENCES),
+        differences=cards.differences("first", "second", 2 * NUM_DIFFERENCES),
     )
 
 
