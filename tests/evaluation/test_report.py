@@ -250,7 +250,7 @@ def test_the_worst_pictures_come_first_and_nothing_comes_twice(tmp_path):
         {
             "question_id": f"{image}{number}",
             "image": f"{image}.jpg",
-            "text": f"Is {image}{number} there?",
+            "text": f"Is {image}{number}?",
             "label": "yes",
         }
         for image, number in asked
