@@ -93,13 +93,13 @@ class Answered:
     faults: dict[Prompt, str] = field(default_factory=dict)
 
 
-def plan_prompts(benchmarks: Iterable[Benchmark], substitutes: Mapping[str, str]) -> list[Prompt]:
-    """The distinct prompts of all benchmarks with the right images and with the substitutes, ordered by image."""
+def plan_prompts(benchmarks: Iterable[Benchmark], substitutes: Mapping[str, str] | None) -> list[Prompt]:
+    """The distinct prompts of all benchmarks with the right images and with any substitutes, ordered by image."""
     prompts = [
         Prompt(image, question.prompt, benchmark.max_new_tokens)
         for benchmark in benchmarks
         for question in benchmark.questions
-        for image in (question.image, _shown(question, substitutes))
+        for image in (question.image, *(() if substitutes is None else (_shown(question, substitutes),)))
     ]
     position = {image: index for index, image in enumerate(dict.fromkeys(prompt.image for prompt in prompts))}
     return sorted(dict.fromkeys(prompts), key=lambda prompt: position[prompt.image])

@@ -22,8 +22,8 @@ from shellv_core.evaluation.table import mean_yes_ratio, render_table, score_row
 from shellv_core.tracking.gate import lower_is_better
 
 # Of each benchmark, and of all together: what a report shows, so that its size has a bound.
-NUM_FAILURES, MAX_FAILURES = 3, 18
-NUM_DIFFERENCES, MAX_DIFFERENCES = 4, 18
+NUM_FAILURES, MAX_FAILURES = 2, 30
+NUM_DIFFERENCES, MAX_DIFFERENCES = 2, 30
 NUM_QUESTIONS = 4
 MAX_TEXT = 600
 PICTURE_SIDE = 240
@@ -104,8 +104,8 @@ def render_report(
     """
     trees = score_rows(results)
     families = list(dict.fromkeys(map(family_of, results["metrics"][CANDIDATE])))
-    speakers = [*results["models"], f"{CANDIDATE}_{BLIND}"]
-    other = next((row for row in results["models"] if row != CANDIDATE), f"{CANDIDATE}_{BLIND}")
+    others = [row for row in (*results["models"], f"{CANDIDATE}_{BLIND}") if row in rows and row != CANDIDATE]
+    speakers = [CANDIDATE, *others]
     cards = _Cards(rows, images, marks or {})
     num_questions = {
         family: [len(asked) for name, asked in rows[CANDIDATE].questions.items() if family_of(name) == family]
@@ -126,8 +126,8 @@ def render_report(
             family: tables(family, {row: scores[family] for row, scores in trees.items()}) for family in families
         },
         confusion=results["confusion"],
-        other=other,
-        differences=cards.differences(CANDIDATE, other),
+        other=others[0] if others else "",
+        differences=cards.differences(CANDIDATE, others[0]) if others else [],
         failures=cards.failures(CANDIDATE, speakers),
         samples=cards.samples(speakers, num_pictures),
     )
@@ -149,22 +149,23 @@ def render_comparison(
         comparison: `evidence.compare` of the two.
         images: image name -> encoded file; pictures that are not there are left out.
     """
-    names = ("first", "second")
     metrics = {
         name: {metric: each for metric, each in of_row.items() if metric in comparison}
-        for name, of_row in zip(names, figures, strict=True)
+        for name, of_row in zip(("first", "second"), figures, strict=True)
     }
     families = list(dict.fromkeys(map(family_of, comparison)))
-    cards = _Cards(dict(zip(names, rows, strict=True)), images, {})
+    cards = _Cards(dict(zip(metrics, rows, strict=True)), images, {})
+    short = dict(zip(metrics, "AB", strict=True))
     return _render(
         "comparison.html.jinja",
         {"first": None, "between": None, "second": None},
-        dict(zip(names, labels, strict=True)),
+        short,
+        names=dict(zip(metrics, labels, strict=True)),
         metrics=metrics,
         comparison=comparison,
         families=families,
-        charts=_charts(metrics, families, confusion(rows[0]), {}, dict(zip(names, labels, strict=True))),
-        differences=cards.differences(*names),
+        charts=_charts(metrics, families, confusion(rows[0]), {}, short),
+        differences=cards.differences("first", "second", 2 * NUM_DIFFERENCES),
     )
 
 
@@ -275,7 +276,7 @@ class _Cards:
             chosen.append([[(name, key) for _, key in sorted(keys, key=lambda each: -each[0])] for keys in worst])
         return [self._card(keys[:NUM_QUESTIONS], speakers) for keys in self._once(chosen, NUM_FAILURES, MAX_FAILURES)]
 
-    def differences(self, first: str, second: str) -> list[Card]:
+    def differences(self, first: str, second: str, of_each: int = NUM_DIFFERENCES) -> list[Card]:
         """Questions of each benchmark on which the two differ most, the first behind and ahead in turn."""
         chosen = []
         for name in self._questions:
@@ -285,8 +286,7 @@ class _Cards:
             behind = sorted((key for key in gaps if gaps[key] < 0), key=lambda key: gaps[key])
             chosen.append([[(name, key)] for key in _in_turn([behind, ahead])])
         return [
-            self._card(keys, (first, second), contrasted=True)
-            for keys in self._once(chosen, NUM_DIFFERENCES, MAX_DIFFERENCES)
+            self._card(keys, (first, second), contrasted=True) for keys in self._once(chosen, of_each, MAX_DIFFERENCES)
         ]
 
     def _once(self, chosen: Sequence[Sequence[Keys]], of_each: int, count: int) -> list[Keys]:

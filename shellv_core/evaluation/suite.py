@@ -41,8 +41,12 @@ class ModelAnswers:
     """What one model said with the right images and with shuffled ones, and why it said nothing where it did not."""
 
     sighted: Answers
-    blind: Answers
+    blind: Answers  # empty where nothing was asked so
     missing: Answers = field(default_factory=dict)  # with the reasons as texts; "NAME_blind" of the blind runs
+
+    def runs(self) -> dict[str, Answers]:
+        """What was said in each run, by the suffix of its name: "" and, where there was one, ``_blind``."""
+        return {"": self.sighted, **({f"_{BLIND}": self.blind} if self.blind else {})}
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def ask_models(
     generators: Mapping[str, AnswerGenerator],
     benchmarks: Sequence[Benchmark],
     images: Mapping[str, bytes],
-    substitutes: Mapping[str, str],
+    substitutes: Mapping[str, str] | None,
     log_paths: Mapping[str, Path],
     images_per_block: int,
     shard: Shard = Shard(),  # noqa: B008 - frozen
@@ -173,16 +177,14 @@ def gather(
     questions = questions_of(benchmarks)
     rows = {}
     for name, answers in models.items():
-        for row, said, words in (
-            (name, answers.sighted, scored[name].sighted),
-            (f"{name}_{BLIND}", answers.blind, scored[name].blind),
-        ):
+        for suffix, said in answers.runs().items():
+            words = scored[name].runs()[suffix]
             outcomes = {
                 metric: parts
                 for benchmark in benchmarks
                 for metric, parts in benchmark.outcomes(words[name_of(benchmark)]).items()
             }
-            rows[row] = Evidence(questions, said, outcomes)
+            rows[name + suffix] = Evidence(questions, said, outcomes)
     return rows
 
 
@@ -202,9 +204,9 @@ def judge(
     for name, answers in scored.items():
         trees[name] = {}
         for benchmark in benchmarks:
-            for said, suffix in ((answers.sighted, ""), (answers.blind, f"_{BLIND}")):
+            for suffix, said in answers.runs().items():
                 _place(trees[name], benchmark.key, suffix, benchmark.score(said[name_of(benchmark)]))
-    against = [f"{CANDIDATE}_{BLIND}", *(name for name in scored if name != CANDIDATE)]
+    against = [row for row in rows if row == f"{CANDIDATE}_{BLIND}" or (row in scored and row != CANDIDATE)]
     return {
         "models": trees,
         "metrics": {row: figures(evidence, seed) for row, evidence in rows.items()},
@@ -231,14 +233,16 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _by_benchmark(benchmarks: Sequence[Benchmark], answered: Answered, substitutes: Mapping[str, str]) -> ModelAnswers:
+def _by_benchmark(
+    benchmarks: Sequence[Benchmark], answered: Answered, substitutes: Mapping[str, str] | None
+) -> ModelAnswers:
     missing = {name_of(each): answers_to(each, answered.faults) for each in benchmarks}
+    sighted = {name_of(each): answers_to(each, answered.texts) for each in benchmarks}
+    if substitutes is None:
+        return ModelAnswers(sighted, {}, missing)
     missing |= {f"{name_of(each)}_{BLIND}": answers_to(each, answered.faults, substitutes) for each in benchmarks}
-    return ModelAnswers(
-        sighted={name_of(each): answers_to(each, answered.texts) for each in benchmarks},
-        blind={name_of(each): answers_to(each, answered.texts, substitutes) for each in benchmarks},
-        missing=missing,
-    )
+    blind = {name_of(each): answers_to(each, answered.texts, substitutes) for each in benchmarks}
+    return ModelAnswers(sighted, blind, missing)
 
 
 def _place(tree: Scores, key: tuple[str, ...], suffix: str, scores: Scores) -> None:

@@ -13,9 +13,9 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name, tree in results["models"].items():
         rows[name] = {key: value for key, value in tree.items() if not key.endswith("_blind")}
-        rows[f"{name}_blind"] = {
-            key.removesuffix("_blind"): value for key, value in tree.items() if key.endswith("_blind")
-        }
+        blind = {key.removesuffix("_blind"): value for key, value in tree.items() if key.endswith("_blind")}
+        if blind:
+            rows[f"{name}_blind"] = blind
     return rows
 
 

@@ -48,6 +48,7 @@ class EvaluateConfig(StageConfig):
     benchmarks: tuple[BenchmarkFiles, ...] = ()  # beside those in the data
     judge_uri: str | None = None  # the judge of benchmarks that need one: model directory or https://HOST/v1
     judge: EndpointAccess = EndpointAccess()  # how judge_uri is asked where it is an endpoint
+    blind: bool = True  # ask all again about shuffled images
     max_judgment_tokens: int = Field(default=512, ge=1)
     max_pope_questions: int | None = Field(default=None, ge=2)  # of each split, from the file's start; null for all
     max_hal_eval_items: int | None = Field(default=None, ge=1)
@@ -259,8 +260,9 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
             key = name_of(benchmark)
             sighted = answer_rows(benchmark, answers.sighted[key])
             _put_rows(run, ANSWERS_NAME.format(row=name, benchmark=key), sighted)
-            blind = answer_rows(benchmark, answers.blind[key], substitutes)
-            _put_rows(run, f"answers/{name}-{key}-blind.jsonl", blind)
+            if config.blind:
+                blind = answer_rows(benchmark, answers.blind[key], substitutes)
+                _put_rows(run, f"answers/{name}-{key}-blind.jsonl", blind)
     for key, asked in rows[CANDIDATE].questions.items():
         _put_rows(run, QUESTIONS_NAME.format(benchmark=key), question_rows(asked))
     run.output.put_bytes(_json(results), "results.json")
@@ -272,7 +274,7 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     questions = {name_of(benchmark): len(benchmark.questions) for benchmark in benchmarks}
     run.details.update(
         questions=questions,
-        num_asked=2 * len(models) * sum(questions.values()) + sum(map(len, judgments.values())),
+        num_asked=len(rows) * sum(questions.values()) + sum(map(len, judgments.values())),
         num_missing=sum(each["count"] for each in missing.values()),
         missing=missing,
         usage=asking.usage(),
@@ -295,7 +297,7 @@ class _Asking:
         of_data = {} if data is None else read_images(data, needed_images(own))
         _check_apart(task, of_data)
         self.images: Mapping[str, bytes] = Images([of_data, task.images])
-        self.substitutes = shuffle_images(self.benchmarks, task.config.seed)
+        self.substitutes = shuffle_images(self.benchmarks, task.config.seed) if task.config.blind else None
         self.generators: dict[str, AnswerGenerator] = {}
 
     def ask(
@@ -476,7 +478,7 @@ def _judged(
     scored, asked = {}, {}
     for name, answers in models.items():
         sides = {}
-        for side in ("sighted", "blind"):
+        for side in ("sighted", "blind") if run.config.blind else ("sighted",):
             sides[side] = dict(getattr(answers, side))
             for benchmark in judged:
                 key = name_of(benchmark)

@@ -114,7 +114,7 @@ def picture(seed):
 def open_sample(name, folder):
     """A sample's benchmark with its answers."""
     sample, entry = SAMPLES[name], registry()[name]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     options = sample.options(folder)
     given = {flag[2:].replace("-", "_"): Path(value) for flag, value in zip(options[::2], options[1::2], strict=True)}
     defaults = {option.name: option.choices[0] for option in entry.options if option.choices}
@@ -239,3 +239,29 @@ def test_worst_failures_and_differences_are_those(tmp_path):
     assert "Is there a cup in the image?" not in side_by_side
     assert failures.count("Is there a cup in the image?") == failures.count("Is there a bus in the image?") == 1
     assert "Is there a dog in the image?" not in failures
+
+
+def test_the_worst_pictures_come_first_and_nothing_comes_twice(tmp_path):
+    from shellv_core.evaluation.benchmarks.pope import Pope
+
+    # Image n of four has n wrong answers; both splits ask the same.
+    asked = [(image, number) for image in range(4) for number in range(3)]
+    rows = [
+        {
+            "question_id": f"{image}{number}",
+            "image": f"{image}.jpg",
+            "text": f"Is {image}{number}?",
+            "label": "yes",
+        }
+        for image, number in asked
+    ]
+    benchmarks = [Pope(rows, "random"), Pope(rows, "popular")]
+    said = {f"{image}{number}": "no" if number < image else "yes" for image, number in asked}
+    answers = dict.fromkeys(map(name_of, benchmarks), said)
+    models = {"candidate": ModelAnswers(answers, {})}
+    evidence = gather(benchmarks, models, models)
+    content = render_report(judge(benchmarks, models, evidence, 0), evidence, {}, Lineage("x"), 0)
+    failures = content.partition("Worst failures")[2]
+    assert [failures.count(f'<div class="absent">{image}.jpg</div>') for image in range(4)] == [0, 1, 1, 1]
+    assert failures.index(">3.jpg<") < min(failures.index(">2.jpg<"), failures.index(">1.jpg<"))
+    assert failures.count("Is 30?") == 1

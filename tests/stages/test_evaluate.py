@@ -111,6 +111,19 @@ def test_without_baseline_and_with_limits(tmp_path, inputs):
     assert not any(name.startswith("without_hacl") for name in result.metrics)
 
 
+def test_without_blind_run(tmp_path, inputs):
+    config = config_for(tmp_path, inputs, blind=False, max_pope_questions=4, max_hal_eval_items=2, max_captions=3)
+    result = evaluate.run(config)
+    output = InputDirectory(result.output_uri)
+    results = json.loads(output.fetch("results.json").read_bytes())
+    assert list(results["metrics"]) == ["candidate", "without_hacl"]
+    assert list(results["comparisons"]) == ["without_hacl"]
+    assert result.details["num_asked"] == 2 * (3 * 4 + 6 + 3)
+    assert not any("blind" in name for name in (*result.metrics, *(entry.name for entry in output.files())))
+    page = output.fetch("report.html").read_text().partition("<footer>")[0].partition("</style>")[2]
+    assert "blind" not in page.lower()
+
+
 def test_data_without_benchmarks_or_images_are_refused(tmp_path, inputs):
     no_benchmarks = config_for(tmp_path, {**inputs, "data_uri": inputs["model_uri"]})
     with pytest.raises(EvaluationError, match="the data hold no benchmarks"):

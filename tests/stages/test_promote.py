@@ -203,3 +203,23 @@ def test_shipped_thresholds():
     assert promote._read_thresholds("smoke").maximum == {"pope_random_unparsed_share": 1.0}
     with pytest.raises(PromotionError, match=r"thresholds_uri='smok' is neither.*did you mean 'smoke'"):
         promote._read_thresholds("smok")
+
+
+@pytest.mark.parametrize(("num_right", "promoted"), [(150, 0), (165, 1), (120, 0)])
+def test_a_significant_gain_on_the_same_questions_is_needed(root, tmp_path, num_right, promoted):
+    path = tmp_path / "significant.yaml"
+    path.write_text("require_gain: [pope_random_accuracy]\nno_loss: all\nalpha: 0.001\n")
+    run(root, path.as_uri(), "one", 150)
+    result = run(root, path.as_uri(), "two", num_right)
+    assert result.metrics["promoted"] == promoted
+    # 150 right to 165: 15 images more, none less, p = 2 / 2**15.
+    assert any("by Holm's method" in reason for reason in result.details["reasons"])
+
+
+def test_without_the_same_questions_no_gain_is_shown(root, tmp_path):
+    path = tmp_path / "significant.yaml"
+    path.write_text("require_gain: [pope_random_accuracy]\n")
+    run(root, path.as_uri(), "one", 100)
+    result = run(root, path.as_uri(), "two", 190, data="other data")
+    assert result.details["decision"] == "rejected"
+    assert "was not asked the same questions" in result.details["reasons"][0]

@@ -27,13 +27,14 @@ def test_every_command_works(tmp_path, monkeypatch, capsys):
             with pytest.raises(SystemExit, match="0"):
                 main(arguments)
             continue
-        sample = SAMPLES[arguments[1]]
+        name = arguments[arguments.index("--benchmark") + 1] if "--benchmark" in arguments else arguments[1]
+        sample = SAMPLES[name]
         sample.questions(tmp_path)
         (tmp_path / f"{sample.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample.rows))
         capsys.readouterr()
         assert main(arguments) == 0, (line, capsys.readouterr().err)
         if "--answers" in arguments:
             json.loads(capsys.readouterr().out)
-        for option in ("--upload", "--write-questions"):
+        for option in ("--upload", "--write-questions", "--html"):
             if option in arguments:
                 assert (tmp_path / arguments[arguments.index(option) + 1]).stat().st_size > 0
