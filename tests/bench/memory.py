@@ -1,4 +1,4 @@
-"""The memory estimate against the measured peak: runs of nano's size on this CPU.
+"""The memory estimate against the measured peak: epochs of nano's size on this CPU.
 
     python -m tests.bench.memory            runs of nano's size, measured
     python -m tests.bench.memory seven      Shell-7B, estimated for GPUs
@@ -35,9 +35,9 @@ ALLOCATOR = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
 }
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "training.md"
-STEPS, NUM_SAMPLES = 3, 96
+NUM_SAMPLES = 96
 BOTH = ("projector", "language_model")
-COMMON = TrainingConfig(max_steps=STEPS, trainable=BOTH, max_length=320, precision="bf16", global_batch_size=16)
+COMMON = TrainingConfig(trainable=BOTH, max_length=320, precision="bf16", global_batch_size=16)
 HACL, NO_HACL = HaclConfig(weight=0.1), HaclConfig()
 
 
@@ -59,7 +59,7 @@ def case(name: str, lora: bool = False, hacl: HaclConfig = NO_HACL, **training: 
 CASES = [
     case("full, padded"),
     case("LoRA and HACL, padded", lora=True, hacl=HACL),
-    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096, max_steps=12),
+    case("full and HACL, packed", hacl=HACL, packing=True, pack_tokens=4096),
     case("full, padded, float32, batch of 48", precision="fp32", global_batch_size=48),
 ]
 
