@@ -11,8 +11,6 @@ Counted from the model as it stands, so build the formula when adapters are in p
 from __future__ import annotations
 
 import copy
-import functools
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,7 +42,6 @@ PEAKS = {
     "L40S": 362 * TERA,
     "L4": 121 * TERA,
 }
-CPU_PRODUCT_SIZE, CPU_PRODUCTS = 768, 5
 
 
 @dataclass(frozen=True)
@@ -151,24 +148,15 @@ class FlopFormula:
         return tokens + 4 * attention + len(batch.label_ids) * (self.per_label + self.per_label_forward)
 
 
-@functools.cache
 def device_peak(device: torch.device) -> float | None:
-    """Operations a second that `device` could do at most; None for a GPU that `PEAKS` does not have.
+    """Operations a second that `device` could do at most; None for a GPU that `PEAKS` does not have, and for a CPU.
 
-    Of a CPU no such figure is published; there it is the fastest of a few float32 matrix products made now.
+    Of a CPU no such figure is published, and what it does at a moment depends on what else it does.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in PEAKS.items() if part in name), None)
-    if device.type != "cpu":
+    if device.type != "cuda":
         return None
-    left, right = torch.ones(2, CPU_PRODUCT_SIZE, CPU_PRODUCT_SIZE)
-    seconds = []
-    for _ in range(CPU_PRODUCTS):
-        begun = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - begun)
-    return float(2 * CPU_PRODUCT_SIZE**3 / min(seconds))
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def without_data(module: M) -> M:

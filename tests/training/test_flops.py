@@ -207,7 +207,7 @@ def test_peaks_are_known_by_the_device_s_name(monkeypatch):
         assert device_peak(torch.device("cuda", number)) == peak
     assert len(set(PEAKS)) == len(PEAKS)
     assert device_peak(torch.device("meta")) is None
-    assert 1e8 < device_peak(torch.device("cpu")) < 1e13
+    assert device_peak(torch.device("cpu")) is None
 
 
 def test_rates_of_a_meter(parts, monkeypatch):

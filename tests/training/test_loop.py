@@ -145,7 +145,6 @@ def test_learns_and_reports(parts, tmp_path, precision):
         "tokens_per_second",
         "useful_token_share",
         "peak_memory_gb",
-        "mfu",
         "learning_rate",
     }
     assert summary.num_steps == 40
