@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         setup_logging()
         command = importlib.import_module(COMMANDS[options.verb][1])
-        return int(command.main(options))
+        code = int(command.main(options))
+        sys.stdout.flush()
+        return code
     except ShellVError as error:
         leave_first_to_speak()
         print(f"shellv: {error}", file=sys.stderr)
@@ -66,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("shellv: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who read our output has seen enough; Python would complain once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

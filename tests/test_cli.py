@@ -142,3 +142,23 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    row = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+    (tmp_path / "questions.json").write_text(json.dumps(row))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"question_id": 1, "text": "yes"}))
+    arguments = ["score", "pope", "--questions", "questions.json", "--answers", "answers.jsonl"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "shellv_core.cli", *arguments],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
