@@ -38,7 +38,10 @@ MODEL, PROCESSOR = tiny_model(CLIP, samples=SAMPLES)
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL after a step: `seconds` later, or as soon as a checkpoint is being written and then `seconds` later."""
+    """SIGKILL after the first step from `step` on.
+
+    It comes `seconds` later, or `seconds` after a checkpoint is begun to be written.
+    """
 
     step: int
     seconds: float
@@ -78,8 +81,10 @@ def train(
     steps: list[int] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
+        # A run that was killed late may have gone beyond the next one's step.
+        due = kill is not None and step >= kill.step and all(each < kill.step for each in steps)
         steps.append(step)
-        if kill and step == kill.step:
+        if due:
             threading.Thread(target=_kill, args=(kill, work / "checkpoints"), daemon=True).start()
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
