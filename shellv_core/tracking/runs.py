@@ -63,14 +63,20 @@ def open_client() -> MlflowClient:
 
 
 def _ensure_database(path: Path) -> None:
-    """Create the tables beside `path` and rename: a kill amid MLflow's migrations leaves a file that it cannot open."""
+    """Create the tables beside `path` and move them there whole.
+
+    A kill amid MLflow's migrations leaves a file that it cannot open; replacing a database that another process has
+    made in the meantime, and opened, makes it read-only there.
+    """
     from mlflow.tracking import MlflowClient
 
     if path.exists():
         return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
-    unfinished.replace(path)
+    with contextlib.suppress(FileExistsError):
+        os.link(unfinished, path)
+    unfinished.unlink()
 
 
 class TrackedRun:

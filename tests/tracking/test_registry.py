@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 
 from shellv_core.errors import TrackingError
 from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry
+from shellv_core.tracking.runs import EXPERIMENT, open_client
 
 
 @pytest.fixture
@@ -39,3 +43,24 @@ def test_unreachable_server_is_told(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match="does not answer"):
         ModelRegistry("shellv-test")
+
+
+TRACK = """
+import sys
+from shellv_core.tracking.runs import track
+
+with track(sys.argv[1], {}, {}) as run:
+    for step in range(20):
+        run.log_metrics({"loss": 1.0}, step)
+        run.flush()
+"""
+
+
+def test_first_runs_at_the_same_time_share_one_database(project_folder):
+    processes = [subprocess.Popen([sys.executable, "-c", TRACK, name]) for name in ("one", "two", "three")]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    client = open_client()
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["one", "three", "two"]
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert [path.name for path in project_folder.glob(".mlflow.db*")] == []
