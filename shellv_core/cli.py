@@ -1,4 +1,4 @@
-"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve and chat.
+"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve, key and chat.
 
 Only the chosen verb's module is imported, so that help answers at once.
 """
@@ -35,6 +35,7 @@ COMMANDS = {
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
     "compare": ("compare two models' evaluations, or two answer files", "shellv_core.stages.compare_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
+    "key": ("make a key for a server that asks for keys", "shellv_core.serving.key_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
 

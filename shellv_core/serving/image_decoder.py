@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import shellv_core
 from shellv_core.serving.engine import QueueFullError, RequestError
@@ -102,24 +102,23 @@ class _Process:
 
         fresh = self._process is None
         process = self._process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        sink, source = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         limit = self._limits.decode_seconds + (START_SECONDS if fresh else 0)
         timer = threading.Timer(limit, process.kill)
         timer.start()
         done = False
         try:
             header = {"format": image_format, "num_bytes": len(data)}
-            process.stdin.write(json.dumps(header).encode() + b"\n")
-            process.stdin.write(data)
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
+            sink.write(json.dumps(header).encode() + b"\n")
+            sink.write(data)
+            sink.flush()
+            answer = json.loads(source.readline())
             if "error" in answer:
                 done = True
                 raise RequestError(answer["error"], param, answer["code"])
             width, height = answer["size"]
             reserve(width * height)
-            pixels = process.stdout.read(answer["num_bytes"])
+            pixels = source.read(answer["num_bytes"])
             image = Image.frombytes("RGB", (width, height), pixels)
             done = True
         except (OSError, ValueError):

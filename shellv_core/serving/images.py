@@ -138,7 +138,7 @@ def decode_image(data: bytes, image_format: str, limits: ImageLimits, param: str
         ) from None
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
+def _check_size(size: tuple[int, int], limits: ImageLimits, param: str | None) -> None:
     width, height = size
     allowed = (
         width * height <= limits.max_pixels

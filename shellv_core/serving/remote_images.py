@@ -39,7 +39,10 @@ NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::
 # Python's is_global of some versions lets these through.
 NEVER = [
     ipaddress.ip_network(each)
-    for each in ("0.0.0.0/8", "100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/3", "::/96", "2001::/23", "fec0::/10")
+    for each in (
+        "0.0.0.0/8", "100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/3",
+        "::/96", "2001::/23", "fec0::/10",
+    )
 ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import os
@@ -12,26 +11,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
-
-import uvicorn
+from typing import Any, Literal
 
 from shellv_core.config import Config
-from shellv_core.endpoint.client import endpoint_url
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.serving.api import ApiConfig, create_app
-from shellv_core.serving.http.config import ConnectionLimits
 from shellv_core.serving.http.keys import Keys
-from shellv_core.serving.http.operations import create_operations_app
-from shellv_core.serving.http.protocol import guarded_protocol
-from shellv_core.serving.models import FixedModels, Models, ServedModel
+from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
+from shellv_core.serving.models import FixedModels, ServedModel
 from shellv_core.serving.reference import fetch_model
 from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 logger = get_logger(__name__)
 
@@ -88,7 +78,9 @@ def serve(config: ServeConfig, until_stdin_closes: bool = False) -> None:
         if until_stdin_closes:
             threading.Thread(target=_stop_with_stdin, args=[server], name="stdin", daemon=True).start()
         # uvicorn raises the signals that it got once more when it is done; a drained server ends with 0.
-        handlers: dict[int, Any] = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
+        handlers: dict[int, Any] = {
+            each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)
+        }
         if keys is not None:
             handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: keys.reload())
         try:
@@ -168,5 +160,3 @@ def _stop_with_stdin(server: Server) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
     server.stop()
-
-

@@ -92,9 +92,7 @@ class Access:
         if self._running[key.name] >= self.limits.max_running:
             message = f"{self.limits.max_running} requests of this key are being answered already."
             raise RateLimitError(message, 1)
-        bucket = self._buckets.setdefault(
-            key.name, TokenBucket(self.limits.requests_per_minute, self.limits.burst)
-        )
+        bucket = self._buckets.setdefault(key.name, TokenBucket(self.limits.requests_per_minute, self.limits.burst))
         if seconds := bucket.take():
             message = f"this key may ask {self.limits.requests_per_minute:g} times a minute."
             raise RateLimitError(message, math.ceil(seconds))

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from shellv_core.serving.engine import Role
 from shellv_core.serving.http.bodies import (
     Body,
     ChoiceExtensions,
@@ -45,7 +44,7 @@ Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 class ChatMessage(Body):
     """One turn."""
 
-    role: Role
+    role: Literal["system", "user", "assistant"]
     content: Annotated[
         Annotated[Text, Tag("one")] | Annotated[list[Content], Field(min_length=1, max_length=64), Tag("list")],
         Discriminator(one_or_list),

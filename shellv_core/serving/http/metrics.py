@@ -52,7 +52,9 @@ class Metrics:
         self.inter_token = self._histogram("inter_token_latency_seconds", "Between two tokens.", SHORT)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", LONG)
         self.queue = self._histogram("request_queue_time_seconds", "From arrival to the request's turn.", LONG)
-        self.success = self._counter("request_success", "Answers that came to their end.", "model_name", "finished_reason")
+        self.success = self._counter(
+            "request_success", "Answers that came to their end.", "model_name", "finished_reason"
+        )
         self.rejected = self._counter("request_rejected", "Requests that were refused.", "reason")
         self.responses = self._counter("http_responses", "Responses of the API.", "path", "status")
 

@@ -38,15 +38,15 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadlines."""
-        self._header_timer = _cancelled(self._header_timer)
-        self._stall_timer = _cancelled(self._stall_timer)
+        self._headers_came()
+        self._reader_came()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the deadline for headers ends when they are complete and begins with the next request's."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._header_timer = _cancelled(self._header_timer)
+            self._headers_came()
         elif self._header_timer is None and not self.transport.is_closing():
             self._await_headers()
 
@@ -65,7 +65,7 @@ class GuardedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """It has caught up."""
-        self._stall_timer = _cancelled(self._stall_timer)
+        self._reader_came()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -83,9 +83,18 @@ class GuardedProtocol(H11Protocol):
         self.transport.close()
 
     def _await_headers(self) -> None:
-        self._header_timer = _cancelled(self._header_timer) or self.loop.call_later(
-            self.limits.header_timeout_seconds, self.transport.abort
-        )
+        self._headers_came()
+        self._header_timer = self.loop.call_later(self.limits.header_timeout_seconds, self.transport.abort)
+
+    def _headers_came(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _reader_came(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
 
 def guarded_protocol(limits: ConnectionLimits) -> type[GuardedProtocol]:
@@ -96,8 +105,3 @@ def guarded_protocol(limits: ConnectionLimits) -> type[GuardedProtocol]:
 async def _too_many_connections(scope: Scope, receive: Receive, send: Send) -> None:
     message = "too many connections are open; come back in a moment."
     await refuse(send, 503, error_body(message, "server_error", code="too_many_connections"), RETRY_AFTER_SECONDS)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

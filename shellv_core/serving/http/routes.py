@@ -103,10 +103,9 @@ def generation_routes(api: Api) -> APIRouter:
             raise RequestError("give messages or prompt, one of them.", "messages")
         model = api.models.find(body.model)
         with api.reader.decoder.lease() as lease:
-            if body.prompt is not None:
-                messages = api.reader.text(body.prompt)
+            if body.messages is None:
+                messages = api.reader.text(body.prompt or "")
             else:
-                assert body.messages is not None
                 messages = await unless_disconnected(request, api.reader.messages(body.messages, lease))
             count = await unless_disconnected(request, model.engine.count_tokens(messages))
         return TokenCount(count=count, max_model_len=model.engine.context_length)

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import uvicorn
 
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
             operations_app = create_operations_app(
                 models, app.state.metrics, app.state.in_flight, app.state.keys, self.stop
             )
-            self._inner = _InnerServer(_uvicorn_config(operations_app, limits))
+            self._inner = _InnerServer(_uvicorn_config(operations_app, limits, lifespan="off"))
         self._inner_task: asyncio.Task[None] | None = None
         self._drained: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -83,9 +83,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain if that was not done yet, then close."""
-        self._begin_to_drain()
-        assert self._drained is not None
-        await self._drained
+        await self._begin_to_drain()
         # An open chat page holds its connection for ever; nothing of it is worth waiting for.
         self.force_exit = True
         await super().shutdown(sockets)
@@ -94,10 +92,11 @@ class Server(uvicorn.Server):
             self._inner.should_exit = self._inner.force_exit = True
             await self._inner_task
 
-    def _begin_to_drain(self) -> None:
+    def _begin_to_drain(self) -> asyncio.Task[None]:
         if self._drained is None:
             logger.info("stopping: %d requests are being answered", self._in_flight.count)
             self._drained = asyncio.create_task(self._drain())
+        return self._drained
 
     async def _drain(self) -> None:
         """Refuse new work, let running answers finish within the deadline, fail the rest."""
@@ -118,9 +117,12 @@ class _InnerServer(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def _uvicorn_config(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Config:
+def _uvicorn_config(
+    app: FastAPI, limits: ConnectionLimits, lifespan: Literal["on", "off"] = "on"
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        lifespan=lifespan,
         http=guarded_protocol(limits),
         ws="none",
         log_config=None,
