@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 RETRY_AFTER_SECONDS = 5
 """Of refusals that know no better: a server that stops, too many connections."""
 UNSUPPORTED = frozenset(
-    {"audio", "function_call", "functions", "modalities", "parallel_tool_calls", "prediction", "reasoning_effort",
-     "response_format", "service_tier", "store", "tool_choice", "tools", "verbosity", "web_search_options"}
+    {"audio", "best_of", "echo", "function_call", "functions", "modalities", "parallel_tool_calls", "prediction",
+     "reasoning_effort", "response_format", "service_tier", "store", "suffix", "tool_choice", "tools", "verbosity",
+     "web_search_options"}
 )  # fmt: skip
 """Fields of OpenAI's API that no model here takes, told apart from those that nobody knows."""
 

@@ -117,9 +117,7 @@ class _InnerServer(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def _uvicorn_config(
-    app: FastAPI, limits: ConnectionLimits, lifespan: Literal["on", "off"] = "on"
-) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, limits: ConnectionLimits, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan=lifespan,
