@@ -15,7 +15,6 @@ from shellv_core.serving.http.errors import RETRY_AFTER_SECONDS, error_body, ref
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LINGER_SECONDS = 5.0
 MARKS = b",[{"
 
 
@@ -47,10 +46,8 @@ class BodyLimit:
             except ConnectionResetError:
                 return
             except _RefusedError as refused:
-                if refused.status != 408:
-                    await _linger(receive, 2 * self.limits.max_bytes)
                 body = error_body(str(refused), "invalid_request_error", code=refused.code)
-                await refuse(send, refused.status, body, refused.retry_after)
+                await refuse(send, refused.status, body, refused.retry_after, close=refused.status == 408)
                 return
 
             async def replay() -> Message:
@@ -124,18 +121,3 @@ def _too_large(limits: BodyLimits) -> _RefusedError:
     return _RefusedError(
         413, f"the request's body is too large; {limits.max_bytes} bytes are allowed.", "body_too_large"
     )
-
-
-async def _linger(receive: Receive, max_bytes: int) -> None:
-    """Throw away what is still on its way, for a while: a connection closed at once would be reset, and the client
-    would never read why."""
-    thrown_away = 0
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            while thrown_away <= max_bytes:
-                message = await receive()
-                thrown_away += len(message.get("body", b""))
-                if not message.get("more_body"):
-                    return
-    except TimeoutError:
-        return

@@ -76,22 +76,26 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def closing_response(body: dict[str, Any], retry_after: int = 0) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and bytes of a JSON response after which the connection is closed."""
+def json_response(
+    body: dict[str, Any], retry_after: int = 0, close: bool = True
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and bytes of a JSON response, after which the connection may be closed."""
     content = json.dumps(body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
-    ]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if close:
+        headers.append((b"connection", b"close"))
     if retry_after:
         headers.append((b"retry-after", str(retry_after).encode()))
     return headers, content
 
 
-async def refuse(send: Send, status: int, body: dict[str, Any], retry_after: int = 0) -> None:
-    """Answer and close, whatever of the request is still on its way."""
-    headers, content = closing_response(body, retry_after)
+async def refuse(send: Send, status: int, body: dict[str, Any], retry_after: int = 0, close: bool = True) -> None:
+    """Answer, whatever of the request is still on its way.
+
+    A connection that is closed at once is reset, and a client that is still sending never reads why; one that is left
+    open takes what comes, as long as `ConnectionLimits` let it.
+    """
+    headers, content = json_response(body, retry_after, close)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
 

@@ -13,7 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shellv_core.serving.http.config import ConnectionLimits
-from shellv_core.serving.http.errors import RETRY_AFTER_SECONDS, closing_response, error_body, refuse
+from shellv_core.serving.http.errors import RETRY_AFTER_SECONDS, error_body, json_response, refuse
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -26,6 +26,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.access_log = False  # it names the client's address and the query
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -73,7 +74,7 @@ class GuardedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()  # in the middle of an answer there is nothing left to say
             return
-        headers, body = closing_response(error_body("this is not a valid HTTP/1.1 request.", "invalid_request_error"))
+        headers, body = json_response(error_body("this is not a valid HTTP/1.1 request.", "invalid_request_error"))
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
             h11.Data(data=body),
