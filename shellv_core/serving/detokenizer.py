@@ -27,14 +27,17 @@ class Detokenizer:
         self._begun = False
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that became final. `stopped` is True once a stop string was met."""
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """Add a token; returns the text that became final. `stopped` is True once a stop string was met.
+
+        Without `may_stop`, a stop string in this text is text like any other.
+        """
         self._token_ids.append(token_id)
-        return self._release(self._decode_new(complete=False), final=False)
+        return self._release(self._decode_new(complete=False), self._stop if may_stop else (), final=False)
 
     def finish(self) -> str:
         """The text that was still held back; call once, after the last token."""
-        return self._release(self._decode_new(complete=True), final=True)
+        return self._release(self._decode_new(complete=True), self._stop, final=True)
 
     def _decode_new(self, complete: bool) -> str:
         # The tokens just before the new ones are decoded along with them: many decoders drop the space that leads
@@ -50,18 +53,18 @@ class Detokenizer:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _release(self, new: str, final: bool) -> str:
+    def _release(self, new: str, stops: tuple[str, ...], final: bool) -> str:
         if self.stopped:
             return ""
         text = self._held + new
         if not self._begun:
             text = text.lstrip()
             self._begun = bool(text)
-        found = [position for position in map(text.find, self._stop) if position >= 0]
+        found = [position for position in map(text.find, stops) if position >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = 0 if final else max((_overlap(text, stop) for stop in stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

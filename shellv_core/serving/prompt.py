@@ -6,6 +6,7 @@ What people type is text and only text: a special token's spelling inside it doe
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from collections.abc import Iterable
@@ -22,16 +23,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PromptImage:
+    """A picture as the model takes it.
+
+    Attributes:
+        pixel_values: [1, channels, height, width].
+        num_tokens: image tokens that stand for it.
+        sha256: of the pixel values' bytes.
+    """
+
+    pixel_values: torch.Tensor
+    num_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Inputs of one sequence.
 
     Attributes:
         token_ids: the prompt, with one image token per image feature.
-        pixel_values: [num_images, channels, height, width], or None without pictures.
+        images: the pictures, in the order of their tokens.
+        image_token_id: the token that stands for image features, and for nothing else in a prompt.
     """
 
     token_ids: list[int]
-    pixel_values: torch.Tensor | None
+    images: tuple[PromptImage, ...] = ()
+    image_token_id: int = -1
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """[num_images, channels, height, width], or None without pictures."""
+        import torch
+
+        return torch.cat([image.pixel_values for image in self.images]) if self.images else None
 
 
 class PromptEncoder:
@@ -59,9 +84,9 @@ class PromptEncoder:
         """
         turns, texts, images = self._turns(tuple(messages))
         template = self._render(turns)
-        features = [self._image_inputs(image) for image in images]
-        token_ids = self._token_ids(template, texts, [num_tokens for num_tokens, _ in features])
-        return Prompt(token_ids, _concatenated([pixel_values for _, pixel_values in features]))
+        prepared = tuple(self._prepare(image) for image in images)
+        token_ids = self._token_ids(template, texts, [image.num_tokens for image in prepared])
+        return Prompt(token_ids, prepared, self._processor.image_token_id)
 
     def _turns(self, messages: tuple[Message, ...]) -> tuple[list[Any], dict[str, str], list[Image.Image]]:
         """The template's view of the messages, with a placeholder for each text, what the placeholders stand for,
@@ -95,11 +120,12 @@ class PromptEncoder:
             raise RequestError(f"the model's chat template refuses this conversation: {error}", "messages") from None
         return rendered
 
-    def _image_inputs(self, image: Image.Image) -> tuple[int, torch.Tensor]:
-        """Number of image tokens and pixel values [1, channels, height, width]."""
+    def _prepare(self, image: Image.Image) -> PromptImage:
         inputs = self._processor(text=[self._image_token], images=[image], return_tensors="pt")
         num_tokens = int((inputs["input_ids"] == self._processor.image_token_id).sum())
-        return num_tokens, inputs["pixel_values"]
+        pixel_values = inputs["pixel_values"].contiguous()
+        digest = hashlib.sha256(f"{tuple(pixel_values.shape)}".encode() + pixel_values.numpy().tobytes())
+        return PromptImage(pixel_values, num_tokens, digest.hexdigest())
 
     def _token_ids(self, template: str, texts: dict[str, str], num_image_tokens: list[int]) -> list[int]:
         slots = template.split(self._image_token)
@@ -179,9 +205,3 @@ class PromptEncoder:
 def _split_at(template: str, placeholders: Iterable[str]) -> list[str]:
     pattern = "|".join(map(re.escape, placeholders))
     return re.split(f"({pattern})", template) if pattern else [template]
-
-
-def _concatenated(pixel_values: list[torch.Tensor]) -> torch.Tensor | None:
-    import torch
-
-    return torch.cat(pixel_values) if pixel_values else None

@@ -1,78 +1,63 @@
-"""The in-process engine: one thread that owns the model and answers one request after the other.
-
-The thread runs its own decoding loop, so that a request can be cancelled, checked and streamed after every token.
-Answering several requests in one step changes `_answer` alone: admission, queue and events stay as they are.
-"""
+"""The in-process engine: requests are prepared and queued here, and one thread that owns the model runs them."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import itertools
 import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shellv_core.config import Config
+from pydantic import Field
+
+from shellv_core.config import Config, nearest
 from shellv_core.errors import ShellVError
 from shellv_core.logs import get_logger
-from shellv_core.serving.detokenizer import Detokenizer
 from shellv_core.serving.engine import (
+    AdapterInfo,
     EngineHealth,
     EngineStats,
     EngineStoppedError,
-    FinishReason,
     GenerationError,
     GenerationRequest,
+    Message,
     QueueFullError,
+    QueueTimeoutError,
     RequestError,
     TokenEvent,
 )
-from shellv_core.serving.prompt import Prompt, PromptEncoder
-from shellv_core.serving.sampling import sample
+from shellv_core.serving.inference.answer import Task, Vocabulary
+from shellv_core.serving.inference.job import Counters, Delivery, Job, Runner, post
+from shellv_core.serving.inference.serial import SerialRunner
+from shellv_core.serving.prompt import PromptEncoder
 from shellv_core.templates import template_of
-
-if TYPE_CHECKING:
-    import torch
 
 logger = get_logger(__name__)
 
 POLL_SECONDS = 0.02
 MAX_RETRY_AFTER_SECONDS = 60
+MAX_RESTARTS = 1
+#: As many requests in a row without finite logits mean that the model, and not a request, is at fault.
+MAX_NONFINITE_IN_A_ROW = 3
 STOPPING = "the server is shutting down; send the request again in a moment."
 
 
 class EngineConfig(Config):
     """Limits of an engine."""
 
-    max_waiting: int = 8
-    """Requests that may wait for the one that runs; one more is refused."""
-    default_max_tokens: int = 512
+    max_waiting: int = Field(default=8, ge=0)
+    """Requests that may wait beside those that run; one more is refused."""
+    max_wait_seconds: float = Field(default=30.0, gt=0)
+    """A request that waits longer for its turn is refused."""
+    default_max_tokens: int = Field(default=512, ge=1)
     """Length of an answer where the request names none, in tokens; less where the context ends earlier."""
-    max_step_seconds: float = 120.0
+    max_step_seconds: float = Field(default=120.0, gt=0)
     """A single step of the model that takes longer makes the engine count as dead."""
-
-
-@dataclass
-class _Job:
-    """A request between the event loop, which reads `events`, and the engine's thread, which fills it."""
-
-    request: GenerationRequest
-    prompt: Prompt
-    max_tokens: int
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | ShellVError] = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def emit(self, event: TokenEvent | ShellVError) -> None:
-        # The loop may be closed already when the process is on its way out.
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class TransformersEngine:
@@ -90,35 +75,40 @@ class TransformersEngine:
         self._encoder = PromptEncoder(processor)
         # One thread, so that requests keep their order.
         self._preparation = ThreadPoolExecutor(1, "prompts")
-        self._tokenizer = copy.deepcopy(processor.tokenizer)
-        self.context_length = _context_length(model, self._tokenizer)
-        self._end_ids = _end_ids(model, self._tokenizer)
-        self._stop_strings = template_of(processor).stop_strings
+        tokenizer = copy.deepcopy(processor.tokenizer)
+        self.context_length = _context_length(model, tokenizer)
+        self._vocabulary = Vocabulary(
+            tokenizer,
+            model.config.get_text_config().vocab_size,
+            _end_ids(model, tokenizer),
+            template_of(processor).stop_strings,
+        )
+        self._counters = Counters()
+        self._runner = self._new_runner()
 
         self._lock = threading.Lock()
-        self._pending: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
         self._admitted = 0  # prepared, waiting or running
-        self._running: _Job | None = None
-        self._finished = self._cancelled = self._rejected = self._failed = 0
+        self._finished = self._cancelled = self._rejected = self._expired = self._failed = self._restarts = 0
         self._answer_seconds = 1.0
         self._step_started: float | None = None
         self._draining = False
         self._aborted = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
+        self._check(request)
         self._admit()
-        submitted: _Job | None = None
+        submitted: Job | None = None
         try:
             loop = asyncio.get_running_loop()
             prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, request.messages)
-            max_tokens = self._allowed_tokens(request, len(prompt.token_ids))
-            job = _Job(request, prompt, max_tokens, loop)
+            job = Job(Task(request, prompt, self._allowed_tokens(request, len(prompt.token_ids))), loop)
             self._submit(job)
             submitted = job
-            yield TokenEvent("", len(prompt.token_ids), 0)
             while True:
                 event = await job.events.get()
                 if isinstance(event, ShellVError):
@@ -132,6 +122,18 @@ class TransformersEngine:
             else:
                 submitted.cancelled.set()
 
+    async def count_tokens(self, messages: Sequence[Message]) -> int:
+        """See `Engine.count_tokens`."""
+        if self._draining:
+            raise EngineStoppedError(STOPPING)
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, tuple(messages))
+        return len(prompt.token_ids)
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """See `Engine.adapters`."""
+        return ()
+
     def health(self) -> EngineHealth:
         """See `Engine.health`."""
         started = self._step_started
@@ -141,21 +143,36 @@ class TransformersEngine:
             return EngineHealth(False, False, f"one step takes longer than {self.config.max_step_seconds:g} s")
         if self._draining:
             return EngineHealth(True, False, "shutting down")
-        if self._admitted > self.config.max_waiting:
+        if self._counters.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+            return EngineHealth(True, False, "the model returns numbers that are not finite")
+        if self._admitted >= self._room:
             return EngineHealth(True, False, "the queue is full")
         return EngineHealth(True, True)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
+        counters = self._counters
         with self._lock:
-            running = int(self._running is not None)
+            running = len(self._runner.jobs)
             return EngineStats(
                 running=running,
-                waiting=self._admitted - running,
+                waiting=max(self._admitted - running, 0),
+                slots=self._runner.slots,
+                kv_tokens=counters.kv_tokens,
+                kv_capacity=counters.kv_capacity,
                 finished=self._finished,
                 cancelled=self._cancelled,
                 rejected=self._rejected,
+                expired=self._expired,
                 failed=self._failed,
+                prompt_tokens=counters.prompt_tokens,
+                prefix_tokens=counters.prefix_tokens,
+                completion_tokens=counters.completion_tokens,
+                image_hits=counters.image_hits,
+                image_misses=counters.image_misses,
+                nonfinite=counters.nonfinite,
+                out_of_memory=counters.out_of_memory,
+                restarts=self._restarts,
             )
 
     async def drain(self, deadline_seconds: float) -> None:
@@ -171,22 +188,51 @@ class TransformersEngine:
         while self._thread.is_alive() and time.monotonic() < deadline + self.config.max_step_seconds:
             await asyncio.sleep(POLL_SECONDS)
 
+    @property
+    def _room(self) -> int:
+        return self._runner.slots + self.config.max_waiting
+
+    def _new_runner(self) -> Runner:
+        return SerialRunner(self._model, self._vocabulary, self._counters)
+
+    def _check(self, request: GenerationRequest) -> None:
+        names = [adapter.name for adapter in self.adapters()]
+        if request.adapter is not None and request.adapter not in names:
+            raise RequestError(
+                f"the adapter {request.adapter!r} is not loaded; {nearest(request.adapter, names)}",
+                "model",
+                "model_not_found",
+            )
+        beyond = [token_id for token_id in request.logit_bias if not 0 <= token_id < self._vocabulary.size]
+        if beyond:
+            raise RequestError(
+                f"logit_bias names token {beyond[0]}; this model's tokens are 0 to {self._vocabulary.size - 1}.",
+                "logit_bias",
+            )
+        if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+            raise RequestError(
+                f"min_tokens={request.min_tokens} is more than max_tokens={request.max_tokens}.", "min_tokens"
+            )
+
     def _admit(self) -> None:
         if self._draining or not self._thread.is_alive():
             raise EngineStoppedError(STOPPING)
         with self._lock:
-            if self._admitted > self.config.max_waiting:
+            if self._admitted >= self._room:
                 self._rejected += 1
-                seconds = math.ceil(self._answer_seconds * self._admitted)
                 raise QueueFullError(
-                    f"{self._admitted} requests run or wait already; {self.config.max_waiting + 1} are allowed.",
-                    min(max(seconds, 1), MAX_RETRY_AFTER_SECONDS),
+                    f"{self._admitted} requests run or wait already; {self._room} are allowed.", self._retry_after()
                 )
             self._admitted += 1
 
-    def _submit(self, job: _Job) -> None:
+    def _retry_after(self) -> int:
+        """Seconds until those who are here now have been answered, at the pace of the last answers."""
+        seconds = math.ceil(self._answer_seconds * self._admitted / self._runner.slots)
+        return min(max(seconds, 1), MAX_RETRY_AFTER_SECONDS)
+
+    def _submit(self, job: Job) -> None:
         with self._lock:  # so that no job lands behind the end mark
-            if self._aborted.is_set():
+            if self._aborted.is_set() or not self._thread.is_alive():
                 raise EngineStoppedError(STOPPING)
             self._pending.put(job)
 
@@ -196,7 +242,7 @@ class TransformersEngine:
 
     def _allowed_tokens(self, request: GenerationRequest, num_prompt_tokens: int) -> int:
         room = self.context_length - num_prompt_tokens
-        wanted = request.max_tokens if request.max_tokens is not None else 1
+        wanted = request.max_tokens if request.max_tokens is not None else max(request.min_tokens, 1)
         if wanted > room:
             answer = f" and {wanted} for the answer" if request.max_tokens is not None else ""
             raise RequestError(
@@ -205,115 +251,86 @@ class TransformersEngine:
                 "messages",
                 "context_length_exceeded",
             )
-        return request.max_tokens if request.max_tokens is not None else min(self.config.default_max_tokens, room)
+        if request.max_tokens is not None:
+            return request.max_tokens
+        return min(max(self.config.default_max_tokens, request.min_tokens), room)
+
+    def _live(self) -> None:
+        """The thread's life: it serves until it is told to stop, and once more if it dies of a fault of its own."""
+        import torch
+
+        with torch.inference_mode():
+            while not self._aborted.is_set():
+                error: ShellVError = EngineStoppedError("the server stopped before the answer's end.")
+                try:
+                    self._serve()
+                except Exception:  # whatever it is, clients must hear of it
+                    logger.exception("the engine's thread died")
+                    error = GenerationError("the model's engine failed; the server's log says why.")
+                    with self._lock:
+                        if self._restarts == MAX_RESTARTS:
+                            self._aborted.set()
+                        else:
+                            self._restarts += 1
+                self._step_started = None
+                self._fail_all(error)
 
     def _serve(self) -> None:
-        while (job := self._pending.get()) is not None:
-            with self._lock:
-                self._running = job
-            started = time.monotonic()
-            outcome = self._run(job)
-            # The place is free before the client hears of the end, so that its next request finds it.
-            with self._lock:
-                self._running = None
-                self._admitted -= 1
-                self._finished += isinstance(outcome, TokenEvent)
-                self._failed += isinstance(outcome, ShellVError)
-                self._cancelled += outcome is None
-                self._answer_seconds += 0.2 * (time.monotonic() - started - self._answer_seconds)
-            if outcome is not None:
-                job.emit(outcome)
+        while self._take_pending():
+            if self._waiting or self._runner.jobs:
+                self._step_started = time.monotonic()
+                deliveries = self._runner.step(self._waiting)
+                self._step_started = None
+                self._deliver(deliveries)
 
-    def _run(self, job: _Job) -> TokenEvent | ShellVError | None:
-        """Emit all events but the last and return that one; the error if it failed, None if it was cancelled."""
-        import torch
-
-        try:
-            with torch.inference_mode():
-                for event in self._answer(job):
-                    if event.finish_reason is not None:
-                        return event
-                    job.emit(event)
-        except ShellVError as error:
-            return error
-        except torch.OutOfMemoryError:
-            logger.exception("out of memory at a prompt of %d tokens", len(job.prompt.token_ids))
-            torch.cuda.empty_cache()
-            return GenerationError("the model ran out of memory; shorten the messages or send fewer pictures.")
-        except Exception:  # the thread's outermost edge: one request's fault must not end all others
-            logger.exception("a request failed inside the model")
-            return GenerationError("the model failed on this request; the server's log says why.")
-        return None
-
-    def _answer(self, job: _Job) -> Iterator[TokenEvent]:
-        """Events of one answer, to be read up to the one with a finish reason; none follows a cancellation."""
-        request, num_prompt_tokens = job.request, len(job.prompt.token_ids)
-        detokenizer = Detokenizer(self._tokenizer, (*request.stop, *self._stop_strings))
-        generator = self._generator(request)
-        steps = self._steps(job.prompt)
-        token_id: int | None = None
-        for count in itertools.count(1):
+    def _take_pending(self) -> bool:
+        """Move new requests to those that wait, and drop those that wait in vain; False when it is time to end."""
+        idle = not self._waiting and not self._runner.jobs
+        while idle or not self._pending.empty():
+            job = self._pending.get()
+            if job is None or self._aborted.is_set():
+                if job is not None:
+                    self._waiting.append(job)
+                return False
+            self._waiting.append(job)
+            idle = False
+        dropped = []
+        for job in self._waiting:
             if job.cancelled.is_set():
-                return
-            if self._aborted.is_set():
-                raise EngineStoppedError("the server stopped before the answer's end.")
-            token_id = sample(self._step(steps, token_id), request.temperature, request.top_p, generator)
-            ended = token_id in self._end_ids
-            text = "" if ended else detokenizer.push(token_id)
-            if ended or count == job.max_tokens:
-                text += detokenizer.finish()
-            reason: FinishReason | None = "stop" if ended or detokenizer.stopped else None
-            if reason is None and count == job.max_tokens:
-                reason = "length"
-            yield TokenEvent(text, num_prompt_tokens, count, reason)
+                dropped.append(Delivery(job, None))
+            elif (waited := time.monotonic() - job.submitted) > self.config.max_wait_seconds:
+                message = (
+                    f"the request waited {waited:.0f} s for its turn; {self.config.max_wait_seconds:g} are allowed."
+                )
+                dropped.append(Delivery(job, QueueTimeoutError(message, self._retry_after())))
+        for delivery in dropped:
+            self._waiting.remove(delivery.job)
+        self._deliver(dropped)
+        return not self._aborted.is_set()
 
-    def _step(self, steps: Any, token_id: int | None) -> torch.Tensor:
-        """Run the model once; returns the last position's logits [vocabulary], checked to be finite."""
-        self._step_started = time.monotonic()
-        try:
-            logits_V: torch.Tensor = steps.send(token_id)
-        finally:
-            self._step_started = None
-        if not bool(logits_V.isfinite().all()):
-            raise GenerationError("the model returned numbers that are not finite; its weights may be damaged.")
-        return logits_V
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        # A place is free before the client hears of the end, so that its next request finds it.
+        with self._lock:
+            for delivery in deliveries:
+                outcome = delivery.outcome
+                if not delivery.last:
+                    continue
+                self._admitted -= 1
+                self._cancelled += outcome is None
+                self._expired += isinstance(outcome, QueueTimeoutError)
+                self._failed += isinstance(outcome, ShellVError) and not isinstance(outcome, QueueTimeoutError)
+                if isinstance(outcome, TokenEvent):
+                    self._finished += 1
+                    self._answer_seconds += 0.2 * (time.monotonic() - delivery.job.started - self._answer_seconds)
+        post(deliveries)
 
-    def _steps(self, prompt: Prompt) -> Any:
-        """Coroutine over the model: send None for the prompt, then each chosen token; yields logits [vocabulary]."""
-        import torch
-
-        device = self._model.device
-        input_ids = torch.tensor([prompt.token_ids], device=device)
-        images = {}
-        if prompt.pixel_values is not None:
-            images["pixel_values"] = prompt.pixel_values.to(device, self._model.dtype)
-        past: Any = None
-        length = 0
-        while True:
-            length += input_ids.shape[1]
-            output = self._model(
-                input_ids=input_ids,
-                attention_mask=torch.ones((1, length), dtype=torch.long, device=device),
-                past_key_values=past,
-                use_cache=True,
-                logits_to_keep=1,
-                **images,
-            )
-            past, images = output.past_key_values, {}
-            token_id = yield output.logits[0, -1]
-            input_ids = torch.tensor([[token_id]], device=device)
-
-    def _generator(self, request: GenerationRequest) -> torch.Generator | None:
-        import torch
-
-        if request.temperature == 0:
-            return None
-        generator = torch.Generator()
-        if request.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(request.seed)
-        return generator
+    def _fail_all(self, error: ShellVError) -> None:
+        left = [*self._runner.jobs, *self._waiting]
+        while not self._pending.empty():
+            left += filter(None, [self._pending.get()])
+        self._waiting.clear()
+        self._runner = self._new_runner()
+        self._deliver([Delivery(job, None if job.cancelled.is_set() else error) for job in left])
 
 
 def _context_length(model: Any, tokenizer: Any) -> int:

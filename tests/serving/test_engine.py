@@ -15,6 +15,7 @@ from shellv_core.serving.engine import (
     ImagePart,
     Message,
     QueueFullError,
+    QueueTimeoutError,
     RequestError,
     TextPart,
 )
@@ -165,10 +166,11 @@ def test_a_cancelled_request_that_waits_never_runs(new_engine):
     engine = new_engine()
 
     async def scenario():
-        running, waiting = engine.generate(request(max_tokens=400)), engine.generate(request(max_tokens=400))
+        running = engine.generate(request(max_tokens=400))
         await anext(running)
-        await anext(waiting)
-        await waiting.aclose()
+        waiting = asyncio.create_task(answer(engine, request(max_tokens=400)))
+        await until(lambda: engine.stats().waiting == 1)
+        waiting.cancel()
         await running.aclose()
         await until(lambda: engine.stats().waiting + engine.stats().running == 0)
         return engine.stats()
@@ -180,14 +182,12 @@ def test_a_full_queue_refuses_and_counts(new_engine):
     engine = new_engine(max_waiting=1)
 
     async def scenario():
-        running = [engine.generate(request(max_tokens=400)) for _ in range(2)]
-        for each in running:
-            await anext(each)
-        assert not engine.health().ready
+        running = [asyncio.create_task(answer(engine, request(max_tokens=400))) for _ in range(2)]
+        await until(lambda: not engine.health().ready)
         with pytest.raises(QueueFullError, match="2 requests run or wait already; 2 are allowed") as caught:
             await anext(engine.generate(request()))
         for each in running:
-            await each.aclose()
+            each.cancel()
         await until(lambda: engine.health().ready)
         await answer(engine, request(max_tokens=2))
         return caught.value, engine.stats()
@@ -287,3 +287,70 @@ def test_a_step_that_hangs_shows_in_health(new_engine, processor):
     health = asyncio.run(scenario())
     assert not health.alive
     assert "one step takes longer" in health.reason
+
+
+def test_a_request_that_waits_too_long_is_refused(new_engine):
+    engine = new_engine(max_wait_seconds=0.05)
+
+    async def scenario():
+        running = asyncio.create_task(answer(engine, request(max_tokens=480)))
+        await until(lambda: engine.stats().running)
+        with pytest.raises(QueueTimeoutError, match=r"for its turn; 0\.05 are allowed") as caught:
+            await answer(engine, request())
+        running.cancel()
+        return caught.value, engine.stats()
+
+    refusal, stats = asyncio.run(scenario())
+    assert refusal.retry_after_seconds >= 1
+    assert (stats.expired, stats.failed) == (1, 0)
+
+
+def test_counted_tokens_are_those_of_the_prompt(engine):
+    asked = request(max_tokens=1)
+    assert asyncio.run(engine.count_tokens(asked.messages)) == asyncio.run(answer(engine, asked))[0].prompt_tokens
+
+
+def test_min_tokens_bars_the_end_and_stop_strings(new_engine, processor):
+    model = build_model(processor)
+    engine = new_engine(model=model)
+    whole = asyncio.run(answer(engine, request(max_tokens=12)))
+    token_ids = [token_id for event in whole for token_id in event.token_ids]
+    assert len(token_ids) == 12
+    stop = text_of(whole[:4])
+    model.generation_config.eos_token_id = token_ids[2]
+    barred = new_engine(model=model)
+    ended = asyncio.run(answer(barred, request(max_tokens=12)))
+    assert (ended[-1].completion_tokens, ended[-1].finish_reason) == (3, "stop")
+    forced = asyncio.run(answer(barred, request(max_tokens=12, min_tokens=12, stop=(stop,))))
+    assert (forced[-1].completion_tokens, forced[-1].finish_reason) == (12, "length")
+
+
+def test_logprobs_are_those_of_the_model(engine, model, processor):
+    events = asyncio.run(answer(engine, request(image=None, max_tokens=5, logprobs=True, top_logprobs=3)))
+    conversation = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    inputs = processor(text=prompt, return_tensors="pt")["input_ids"]
+    chosen = torch.tensor([[token_id for event in events for token_id in event.token_ids]])
+    with torch.inference_mode():
+        logprobs = model(input_ids=torch.cat([inputs, chosen], dim=1)).logits[0].log_softmax(-1)
+    reported = [logprob for event in events for logprob in event.logprobs]
+    assert [each.token_id for each in reported] == chosen[0].tolist()
+    for place, each in enumerate(reported):
+        expected = logprobs[inputs.shape[1] - 1 + place]
+        assert each.logprob == pytest.approx(float(expected[each.token_id]), abs=1e-4)
+        assert [top.token_id for top in each.top] == expected.topk(3).indices.tolist()
+        assert each.top[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert b"".join(each.bytes for each in reported).decode(errors="replace").strip() == text_of(events)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "poet"}, "adapter 'poet' is not loaded"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias names token 1000000; this model's tokens are 0 to"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens=3 is more than max_tokens=2"),
+    ],
+)
+def test_requests_that_the_model_cannot_serve(engine, options, message):
+    with pytest.raises(RequestError, match=message):
+        asyncio.run(answer(engine, request(**options)))
