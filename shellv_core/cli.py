@@ -37,6 +37,8 @@ COMMANDS = {
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
+#: Names the settings' own defaults in the place of a preset: for settings that are given whole.
+NO_PRESET = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,13 +95,23 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 def _add_stage_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     from shellv_core.stages.presets import PRESETS
 
-    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"start from: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--preset",
+        default="nano",
+        metavar="NAME",
+        help=f"start from: {', '.join(PRESETS)}, or {NO_PRESET}",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings that differ from the preset's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: training.max_steps=9")
-    module = importlib.import_module(f"shellv_core.stages.{stage}")
-    config_class = getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
     parser.description = STAGE_HELP[stage]
-    parser.epilog = "settings and their defaults before the preset:\n" + "\n".join(_describe_fields(config_class))
+    parser.epilog = "settings and their defaults before the preset:\n" + "\n".join(
+        _describe_fields(_config_class(stage))
+    )
+
+
+def _config_class(stage: str) -> Any:
+    module = importlib.import_module(f"shellv_core.stages.{stage}")
+    return getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
 
 
 def _describe_fields(config_class: Any, prefix: str = "") -> Iterator[str]:
@@ -122,7 +134,8 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
 
     first = launched().first
     setup_logging(logging.INFO if first else logging.WARNING)
-    config = stage_config(options.preset, options.verb)
+    none = options.preset == NO_PRESET
+    config = _config_class(options.verb)() if none else stage_config(options.preset, options.verb)
     if options.config:
         config = merge_values(config, read_yaml(Path(options.config)))
     config = apply_overrides(config, options.overrides)

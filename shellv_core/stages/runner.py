@@ -164,7 +164,7 @@ def run_stage(
             logger.info("%s: reusing %s", name, uri)
             if checkpoints and launch.first:
                 delete_prefix(checkpoints)  # A kill right after the commit leaves them.
-            return _result(uri, Manifest.model_validate(reused), reused=True)
+            return result_of(uri, Manifest.model_validate(reused), reused=True)
         work = work_folder(name, output)
         manifest = None
         with contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ def run_stage(
         shutil.rmtree(work, ignore_errors=True)
         if checkpoints and launch.first:
             delete_prefix(checkpoints)
-    return _result(uri, manifest, reused=False)
+    return result_of(uri, manifest, reused=False)
 
 
 def _tracked(
@@ -319,7 +319,8 @@ def _check_all(uris: Sequence[str]) -> None:
         raise kind(" | ".join(dict.fromkeys(str(fault) for fault in faults)))
 
 
-def _result(uri: str, manifest: Manifest, reused: bool) -> StageResult:
+def result_of(uri: str, manifest: Manifest, reused: bool) -> StageResult:
+    """What the stage returns that committed `manifest` at `uri`."""
     return StageResult(
         stage=manifest.stage,
         output_uri=uri,

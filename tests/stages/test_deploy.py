@@ -64,11 +64,13 @@ def config(tmp_path):
 @pytest.fixture
 def fake_deployment(monkeypatch):
     """A deployer whose endpoint gives a fixed answer, and what happened to it."""
-    seen = {"answer": "a red field", "taken_back": False}
+    seen = {"answer": "a red field", "taken_back": False, "revisions": [], "looks": 0}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply({"data": [{"id": "tiny", "revision": "r"}]})
+            seen["looks"] += self.path == "/v1/models"
+            earlier = seen["revisions"].pop(0) if seen["revisions"] else None
+            self.reply({"data": [{"id": "tiny", "revision": earlier or seen["champion"].revision}]})
 
         def do_POST(self):
             seen["request"] = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -88,8 +90,8 @@ def fake_deployment(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     @contextlib.contextmanager
-    def deployer(config, model):
-        seen["model"] = model
+    def deployer(config, champion):
+        seen["champion"] = champion
         try:
             yield Deployment(f"http://127.0.0.1:{server.server_port}", {"place": "nowhere"})
         except BaseException:
@@ -97,6 +99,7 @@ def fake_deployment(monkeypatch):
             raise
 
     monkeypatch.setitem(deploy.DEPLOYERS, "local", deployer)
+    seen["url"] = f"http://127.0.0.1:{server.server_port}"
     yield seen
     server.shutdown()
 
@@ -150,7 +153,10 @@ def test_the_first_validation_picture_is_asked_about(tmp_path, champion, config,
     result = deploy.run(config(image_uri=None, data_uri=data.uri, promotion_uri=promotion, question="What is it?"))
     assert result.details["answer"] == "a red field"
     assert result.details["place"] == "nowhere"
-    assert fake_deployment["model"] == "models:/tiny@champion"
+    assert (fake_deployment["champion"].alias, fake_deployment["champion"].pinned) == (
+        "models:/tiny@champion",
+        "models:/tiny/1",
+    )
     parts = fake_deployment["request"]["messages"][0]["content"]
     assert parts[0]["image_url"]["url"].startswith("data:image/")
     assert parts[1]["text"] == "What is it?"
@@ -180,12 +186,57 @@ def test_an_empty_answer_takes_the_deployment_back(champion, config, fake_deploy
 def test_no_champion(config, fake_deployment):
     with pytest.raises(ServingError, match=r"models:/tiny@champion names no registered version.*Run promote first"):
         deploy.run(config())
-    assert "model" not in fake_deployment
+    assert "champion" not in fake_deployment
+
+
+def test_a_server_of_another_model_is_not_taken_for_the_champion(champion, config, fake_deployment):
+    champion()
+    fake_deployment["revisions"] = ["f" * 64]
+    with pytest.raises(ServingError, match=f"serves revision {'f' * 12}, but models:/tiny@champion is version 1"):
+        deploy.run(config())
+    assert fake_deployment["taken_back"]
+
+
+def expected_revision():
+    from shellv_core.serving.reference import find_registered, registered_revision
+
+    return registered_revision(find_registered("models:/tiny@champion"))
+
+
+def test_a_server_elsewhere_is_waited_for_until_it_has_followed_the_alias(
+    champion, config, fake_deployment, monkeypatch
+):
+    monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
+    champion()
+    fake_deployment["champion"] = deploy.Champion("", "", "1", expected_revision())
+    fake_deployment["revisions"] = ["0" * 64] * 3
+    details = deploy.run(config(target="service", url=fake_deployment["url"])).details
+    assert details["answer"] == "a red field"
+    assert details["revision"] == expected_revision()
+    assert details["url"] == fake_deployment["url"]
+    assert f"curl -s {fake_deployment['url']}/v1/chat/completions" in details["curl"]
+    assert fake_deployment["looks"] == 5  # three earlier ones, the promoted one, and once more when it is asked
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_server_elsewhere_that_does_not_follow(champion, config, fake_deployment, monkeypatch, there):
+    monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
+    champion()
+    fake_deployment["champion"] = deploy.Champion("", "", "1", "0" * 64)
+    url = fake_deployment["url"] if there else "http://127.0.0.1:9"
+    reason = "it serves revision 000000000000" if there else "does not answer"
+    with pytest.raises(ServingError, match=rf"did not take up models:/tiny@champion \(version 1.*{reason}"):
+        deploy.run(config(target="service", url=url, startup_timeout_seconds=0.2))
+
+
+def test_a_service_without_an_address(config):
+    with pytest.raises(ConfigError, match="target=service needs url="):
+        deploy.run(config(target="service"))
 
 
 def test_an_unknown_target(config):
-    with pytest.raises(ConfigError, match="target='kubernetes' is not a place to deploy to; allowed: local"):
-        deploy.run(config(target="kubernetes"))
+    with pytest.raises(ConfigError, match="target='nowhere' is not a place to deploy to; allowed: local, service"):
+        deploy.run(config(target="nowhere"))
 
 
 def test_no_picture_and_no_data(config):
