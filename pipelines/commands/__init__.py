@@ -7,4 +7,11 @@ which returns the exit code. It imports what takes time inside ``run``, so that 
 COMMANDS = (
     "compile",
     "run",
+    "upload",
+    "submit",
+    "schedule",
+    "status",
+    "wait",
+    "terminate",
+    "doctor",
 )

@@ -1,0 +1,27 @@
+"""``python -m pipelines upload``: bring a pipeline to a Kubeflow Pipelines server, named by its content."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pipelines.client import choosing, settings
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's sub-parsers."""
+    parser = commands.add_parser("upload", help="bring a pipeline to a server, as a version named by its content")
+    choosing.add_arguments(parser)
+    settings.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Upload the pipeline unless the server has it."""
+    from pipelines.client.connection import Server
+    from pipelines.client.versions import upload
+
+    pipeline = choosing.chosen(options)
+    version = upload(Server(settings.settings(options)), pipeline)
+    print(f"{pipeline.name} {version.name}: {'uploaded' if version.is_new else 'already there'}")
+    print(version.link)
+    return 0
