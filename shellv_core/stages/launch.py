@@ -6,6 +6,7 @@ The output is the same folder whichever way, so a retry finds what an earlier tr
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +26,21 @@ from shellv_core.config import Config
 from shellv_core.errors import ConfigError, Preempted, TrainingError
 from shellv_core.logs import get_logger
 from shellv_core.stages.presets import stage_module
-from shellv_core.stages.runner import TRAINING_CODE, StageConfig, StageResult, open_stage, result_of
+from shellv_core.stages.runner import (
+    CHECKPOINTS_BESIDE_OUTPUT,
+    TRAINING_CODE,
+    StageConfig,
+    StageResult,
+    open_stage,
+    result_of,
+)
+from shellv_core.storage import OutputDirectory
 
 logger = get_logger(__name__)
 
 TRAINING_STAGES = ("pretrain_projector", "finetune")
+#: Where Kubeflow's MLflow plugin says which run a task belongs to.
+TRACKING_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 #: A stop lets the processes write a checkpoint; torchrun would kill them after 30 seconds.
 SHUTDOWN_SECONDS = 600
 TAIL_LINES = 15
@@ -43,30 +54,31 @@ class LaunchConfig(Config):
     Attributes:
         nodes: machines; above 1 a TrainJob of Kubeflow Trainer is created, and what follows describes its pods.
         processes_per_node: 0 takes one for each accelerator, at least one.
-        num_accelerators: accelerators of each pod.
-        accelerator: resource name of the accelerator.
         image: the pods' container image.
         run_id: the pipeline run, which names the job and by whose label its jobs are found.
         namespace: of the job; empty takes the one that this program runs in.
-        runtime: ClusterTrainingRuntime that the job refers to.
-        node_selector, tolerations: placement of the pods, in Kubernetes' terms.
-        secret, config_map: where the pods' credentials and addresses are, see `shellv_core.cluster.train_job`.
+        runtime: ClusterTrainingRuntime that the job refers to; it brings credentials, volumes and security.
+        num_accelerators: accelerators of each pod, of the resource `accelerator`.
+        cpu, memory: of each pod, in Kubernetes' terms; needed with accelerators, because what the job asks for
+            replaces what the runtime has.
+        node_selector, tolerations, node_affinity: placement of the pods, in Kubernetes' terms.
         queue: Kueue's local queue, which may keep the job suspended until there is room; empty for none.
         deadline_seconds: the longest time that the job may be active.
     """
 
     nodes: int = Field(default=1, ge=1)
     processes_per_node: int = Field(default=0, ge=0)
-    num_accelerators: int = Field(default=0, ge=0)
-    accelerator: str = "nvidia.com/gpu"
     image: str = ""
     run_id: str = ""
     namespace: str = ""
     runtime: str = "shellv-torch"
+    num_accelerators: int = Field(default=0, ge=0)
+    accelerator: str = "nvidia.com/gpu"
+    cpu: str = ""
+    memory: str = ""
     node_selector: dict[str, str] = {}
     tolerations: list[dict[str, Any]] = []
-    secret: str = "shellv-storage"  # noqa: S105 - the name of a Secret
-    config_map: str = "shellv-services"
+    node_affinity: dict[str, Any] = {}
     queue: str = ""
     deadline_seconds: int = Field(default=7 * 24 * 3600, ge=1)
 
@@ -87,12 +99,68 @@ def run_training(stage: str, config: StageConfig, launch: LaunchConfig | None = 
         raise ConfigError(f"{stage!r} runs in one process; several take {' or '.join(TRAINING_STAGES)}.")
     launch = launch or LaunchConfig()
     if launch.nodes > 1:
-        raise ConfigError("nodes > 1 is not there yet.")
+        return _on_nodes(stage, config, launch)
     processes = launch.processes_per_node or _count_accelerators()
     if processes == 1:
         result: StageResult = stage_module(stage).run(config)
         return result
     return _run_once(stage, config, lambda output: _torchrun(stage, config, processes))
+
+
+def _on_nodes(stage: str, config: StageConfig, launch: LaunchConfig) -> StageResult:
+    """A TrainJob whose first process commits the output; what it reports is read from there."""
+    missing = [name for name in ("image", "run_id") if not getattr(launch, name)]
+    if launch.num_accelerators:
+        missing += [name for name in ("cpu", "memory") if not getattr(launch, name)]
+    if missing:
+        raise ConfigError(
+            f"nodes={launch.nodes} also needs {' and '.join(missing)} of the launch: they describe its pods."
+        )
+    training: Any = getattr(config, "training")  # noqa: B009 - both training stages have it
+    if training.checkpoint_uri is None:
+        # Scratch folders go with their pods.
+        training = training.model_copy(update={"checkpoint_uri": CHECKPOINTS_BESIDE_OUTPUT})
+        config = config.model_copy(update={"training": training})
+
+    def run(output: OutputDirectory) -> None:
+        from shellv_core.cluster.connection import Cluster
+        from shellv_core.cluster.launcher import run_job
+
+        run_job(Cluster(launch.namespace), train_job_of(stage, config, launch, output))
+
+    return _run_once(stage, config, run)
+
+
+def train_job_of(stage: str, config: StageConfig, launch: LaunchConfig, output: OutputDirectory) -> dict[str, Any]:
+    """The manifest of the TrainJob that makes `output`."""
+    from shellv_core.cluster.train_job import job_name, train_job
+
+    amounts = {
+        "cpu": launch.cpu,
+        "memory": launch.memory,
+        launch.accelerator: str(launch.num_accelerators or ""),
+    }
+    placement = {
+        "nodeSelector": launch.node_selector,
+        "tolerations": launch.tolerations,
+        "affinity": {"nodeAffinity": launch.node_affinity} if launch.node_affinity else {},
+    }
+    program = ["python", "-m", "torch.distributed.run", "-m", "shellv_core.cli", stage, "--preset", "none"]
+    return train_job(
+        name=job_name(launch.run_id, stage, output.fingerprint),
+        run_id=launch.run_id,
+        output_uri=output.uri,
+        command=[*program, *settings_arguments(config)],
+        image=launch.image,
+        nodes=launch.nodes,
+        processes_per_node=launch.processes_per_node or launch.num_accelerators or 1,
+        resources={name: amount for name, amount in amounts.items() if name and amount},
+        runtime=launch.runtime,
+        deadline_seconds=launch.deadline_seconds,
+        queue=launch.queue,
+        pods={name: value for name, value in placement.items() if value},
+        tracking={name: os.environ[name] for name in TRACKING_VARIABLES if name in os.environ},
+    )
 
 
 def _count_accelerators() -> int:
@@ -101,7 +169,7 @@ def _count_accelerators() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _run_once(stage: str, config: StageConfig, run: Any) -> StageResult:
+def _run_once(stage: str, config: StageConfig, run: Callable[[OutputDirectory], None]) -> StageResult:
     """The committed output's result; where there is none yet, `run` makes it."""
     output, _ = open_stage(stage, config, stage_module(stage).inputs(config), TRAINING_CODE)
     committed = output.finished()
@@ -132,6 +200,16 @@ def _torchrun(stage: str, config: StageConfig, processes: int) -> None:
     if stopped or any(_PREEMPTED.search(line) for line in lines):
         raise Preempted(f"{stage} was asked to stop and goes on from its last checkpoint when it is run again.")
     raise TrainingError(f"{stage} failed in {processes} processes: {_message(lines)}")
+
+
+def settings_arguments(config: Config) -> list[str]:
+    """`config` as arguments of ``shellv STAGE --preset none``; there is no file that machines share."""
+    import yaml
+
+    return [
+        f"{name}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix('...' + chr(10)).strip()}"
+        for name, value in config.model_dump(mode="json").items()
+    ]
 
 
 def settings_yaml(config: Config) -> str:
