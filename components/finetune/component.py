@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import image
+from components.base import component
 
 
-@dsl.component(base_image=image("train"), install_kfp_package=False)
+@component("train")
 def finetune(
     data_uri: str,
     model_uri: str,
@@ -28,13 +28,17 @@ def finetune(
 
     Returns:
         Output: URI of the adapter and the HACL heads.
+        adapter: Where the adapter lies, its hash, counts and lineage.
+        metrics: Losses and throughput.
     """
-    from shellv_core.logs import setup_logging
+    from shellv_core.stages.task import begin_task
+
+    begin_task()
+
     from shellv_core.stages import finetune
     from shellv_core.stages.artifacts import write_metrics, write_reference
     from shellv_core.stages.presets import stage_config
 
-    setup_logging()
     uris = {"data_uri": data_uri, "model_uri": model_uri, "output_uri": f"{root_uri}/finetune/{{fingerprint}}"}
     result = finetune.run(stage_config(preset, "finetune", [*overrides, *task_overrides], **uris))
     write_reference(result, adapter)

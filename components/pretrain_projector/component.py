@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import image
+from components.base import component
 
 
-@dsl.component(base_image=image("train"), install_kfp_package=False)
+@component("train")
 def pretrain_projector(
     data_uri: str,
     root_uri: str,
@@ -24,13 +24,17 @@ def pretrain_projector(
 
     Returns:
         Output: URI of the model directory.
+        model: Where the model lies, its hash, counts and lineage.
+        metrics: Losses and throughput.
     """
-    from shellv_core.logs import setup_logging
+    from shellv_core.stages.task import begin_task
+
+    begin_task()
+
     from shellv_core.stages import pretrain_projector
     from shellv_core.stages.artifacts import write_metrics, write_reference
     from shellv_core.stages.presets import stage_config
 
-    setup_logging()
     uris = {"data_uri": data_uri, "output_uri": f"{root_uri}/pretrain_projector/{{fingerprint}}"}
     result = pretrain_projector.run(stage_config(preset, "pretrain_projector", overrides, **uris))
     write_reference(result, model)

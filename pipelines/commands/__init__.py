@@ -6,6 +6,7 @@ which returns the exit code. It imports what takes time inside ``run``, so that 
 
 COMMANDS = (
     "compile",
+    "component",
     "run",
     "upload",
     "submit",

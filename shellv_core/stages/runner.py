@@ -21,6 +21,7 @@ import shellv_core
 from shellv_core.config import Config, effective_values, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
+from shellv_core.stages.task import run_id
 from shellv_core.storage import (
     InputDirectory,
     InputReference,
@@ -197,6 +198,8 @@ def _tracked(
         "shellv.library_version": shellv_core.__version__,
     }
     tags |= {f"shellv.input.{key}": reference.content_sha256 for key, reference in inputs.items()}
+    if run_id():
+        tags["shellv.pipeline_run"] = run_id()
     return track(name, config.model_dump(mode="json"), tags)
 
 
