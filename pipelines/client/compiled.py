@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import shellv_core
@@ -71,12 +72,17 @@ class CompiledPipeline:
         return CompiledPipeline(self.name, yaml.safe_dump_all(documents, sort_keys=True))
 
 
-def compiled(name: str) -> CompiledPipeline:
+def compiled(name: str, profile: str | None = None, lock: Path | None = None) -> CompiledPipeline:
     """The pipeline `name`, compiled now.
 
+    Args:
+        profile: cluster profile; None for the default.
+        lock: lock file whose digests name the images; None names them by registry and tag.
+
     Raises:
-        ConfigError: if there is none, with the nearest name.
+        ConfigError: if there is no such pipeline or profile, with the nearest name, or the lock file cannot be used.
     """
     if name not in PIPELINES:
         raise ConfigError(f"unknown pipeline {name!r}; {nearest(name, PIPELINES)}")
-    return CompiledPipeline(name, compiled_yaml(name))
+    chosen: dict[str, Any] = {"profile": profile, "lock": lock}
+    return CompiledPipeline(name, compiled_yaml(name, **{key: value for key, value in chosen.items() if value}))

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,8 @@ def pushed_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def pushed(name: str) -> str:
-    return compiled_yaml(name).replace("localhost/", "registry.example/")
+def pushed(name: str, **chosen: Any) -> str:
+    return compiled_yaml(name, **chosen).replace("localhost/", "registry.example/")
 
 
 @pytest.fixture

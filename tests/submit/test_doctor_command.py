@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+import shellv_core
+from components.images import ImageName
 from pipelines.client import doctor
 from shellv_core.storage import list_uris, status
 from shellv_core.storage.probe import probe
@@ -22,12 +25,13 @@ NAMES = ["server", "versions", "credentials", "bucket", "MLflow", "images", "GPU
 def own_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The kubernetes library reads the default path when it is imported.
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    monkeypatch.setattr(doctor, "LOCK_FILE", tmp_path / "images.lock.yaml")
+    monkeypatch.setattr(doctor, "LOCK_PATH", tmp_path / "images.lock.yaml")
 
 
-def lock(path: Path, registry: str = "registry.example/team", digest: str = "sha256:" + "a" * 64) -> None:
-    images = {name: {"reference": f"{registry}/shellv-{name}:1", "digest": digest} for name in doctor.IMAGES}
-    path.write_text(yaml.safe_dump({"images": images}))
+def lock(path: Path, registry: str = "registry.example/team", version: str = shellv_core.__version__) -> None:
+    digest = "sha256:" + "a" * 64
+    images = {name: {"reference": f"{registry}/shellv-{name}:1", "digest": digest} for name in get_args(ImageName)}
+    path.write_text(yaml.safe_dump({"version": version, "images": images}))
 
 
 def results(command: Command, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -104,14 +108,14 @@ def test_each_fault_is_found_and_says_what_to_do(
 def test_a_server_that_is_down_fails_and_the_rest_is_checked(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock(tmp_path / "images.lock.yaml", digest="")
+    lock(tmp_path / "images.lock.yaml", version="0.0.1")
     with kubernetes(None, OBJECTS, tmp_path / "kubeconfig"):
         said = command("doctor", "--endpoint", "http://127.0.0.1:9", "--root-uri", "file:///data")
         code, found = results(command, "--endpoint", "http://127.0.0.1:9", "--root-uri", "file:///data")
     assert said.code == code == 1
     assert found["server"]["status"] == "failed"
     assert found["bucket"]["detail"] == "file:///data is a place on one machine"
-    assert found["images"]["detail"] == "no digest of control, train, serve"
+    assert "is of version 0.0.1" in found["images"]["detail"]
     assert found["GPU nodes"]["status"] == "not checked"
     assert "Kubernetes answers 403" in found["GPU nodes"]["detail"]
     assert found["secret"]["status"] == "ok"
