@@ -60,6 +60,33 @@ class CompiledPipeline:
         executors = self.documents[0]["deploymentSpec"]["executors"].values()
         return {each["container"]["image"] for each in executors if "container" in each}
 
+    def manifests(self) -> str:
+        """The pipeline and this version as Kubernetes resources, for a server that keeps them in Kubernetes."""
+        import yaml
+
+        spec, *platform = self.documents
+        shown = spec["pipelineInfo"].get("displayName", self.name)
+
+        def resource(kind: str, name: str, title: str, more: dict[str, Any]) -> dict[str, Any]:
+            described = {"displayName": title, "description": self.description, **more}
+            return {
+                "apiVersion": "pipelines.kubeflow.org/v2beta1",
+                "kind": kind,
+                "metadata": {"name": name},
+                "spec": described,
+            }
+
+        content = {"pipelineName": self.name, "pipelineSpec": spec}
+        if platform:
+            content["platformSpec"] = platform[0]
+        return yaml.safe_dump_all(
+            [
+                resource("Pipeline", self.name, shown, {}),
+                resource("PipelineVersion", f"{self.name}-{self.version}", self.version, content),
+            ],
+            sort_keys=True,
+        )
+
     def without_cache(self) -> CompiledPipeline:
         """The same pipeline with no task cached: a version of its own, since the server has no switch per run."""
         import yaml

@@ -298,7 +298,7 @@ class KfpServer:
     def _page(field_name: str, entries: Any, query: dict[str, str]) -> Any:
         found = list(entries)
         for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
-            if predicate["operation"] != "EQUALS":
+            if predicate["operation"] not in ("EQUALS", 1):  # an enumeration of protobuf, by name or number
                 raise Refusal(400, "Invalid filter")
             found = [each for each in found if each[predicate["key"]] == predicate["stringValue"]]
         if query.get("sort_by") == "created_at desc":

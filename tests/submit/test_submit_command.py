@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kfp.components import load_component_from_file
 
 from pipelines.client import compiled
+from pipelines.client.compiled import CompiledPipeline
 from pipelines.compile import compiled_yaml
 from tests.pipelines.kfp_api_server import KfpServer, Snapshot
 from tests.submit.conftest import ROOT, TOKEN, Command, pushed
@@ -40,6 +42,37 @@ def test_upload_names_a_version_by_its_content_and_uploads_it_once(kfp: KfpServe
     assert command("upload", "shellv", "--no-cache").out != first.out
     assert len(kfp.versions) == 2
     assert len(kfp.pipelines) == 1
+
+
+def test_manifests_are_those_of_kfps_own_compiler(command: Command, tmp_path: Path) -> None:
+    from kfp.compiler import Compiler
+    from kfp.compiler.compiler_utils import KubernetesManifestOptions
+
+    pipeline = CompiledPipeline("shellv", compiled_yaml("shellv"))
+    (tmp_path / "pipeline.yaml").write_text(pipeline.text)
+    component = load_component_from_file(str(tmp_path / "pipeline.yaml"))
+    component.description = pipeline.description
+    title = pipeline.documents[0]["pipelineInfo"]["displayName"]
+    options = KubernetesManifestOptions(
+        pipeline_display_name=title,
+        pipeline_version_name=f"shellv-{pipeline.version}",
+        pipeline_version_display_name=pipeline.version,
+        include_pipeline_manifest=True,
+    )
+    options.set_pipeline_spec(component.pipeline_spec)
+    Compiler().compile(
+        component,
+        str(tmp_path / "theirs.yaml"),
+        kubernetes_manifest_options=options,
+        kubernetes_manifest_format=True,
+    )
+    assert list(yaml.safe_load_all(pipeline.manifests())) == list(
+        yaml.safe_load_all((tmp_path / "theirs.yaml").read_text())
+    )
+    said = command("upload", "shellv", "--manifests", str(tmp_path / "ours.yaml"))
+    assert said.code == 0
+    kinds = [each["kind"] for each in yaml.safe_load_all((tmp_path / "ours.yaml").read_text())]
+    assert kinds == ["Pipeline", "PipelineVersion"]
 
 
 def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
