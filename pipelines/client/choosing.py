@@ -19,12 +19,14 @@ LOCAL_REGISTRY = "localhost/"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a pipeline."""
     parser.add_argument("pipeline", metavar="PIPELINE", help="shellv, shellv-data ...")
+    parser.add_argument("--profile", metavar="NAME", help="cluster profile, one of pipelines/profiles or a file (cpu)")
+    parser.add_argument("--locked", action="store_true", help="images by the digests that `make images` wrote down")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever was computed before")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a pipeline runs."""
-    parser.add_argument("values", metavar="name=value", nargs="*", help="parameters of the pipeline")
+    parser.add_argument("values", metavar="name=value", nargs="*", help="parameters, right after PIPELINE")
     parser.add_argument("--params", metavar="FILE.yaml", type=Path, help="parameters from a file; name=value wins")
     parser.add_argument("--experiment", metavar="NAME", help=f"experiment of the runs ({EXPERIMENT}, or shellv)")
     parser.add_argument("--service-account", metavar="NAME", default="", help="service account of the tasks")
@@ -34,14 +36,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen(options: argparse.Namespace) -> CompiledPipeline:
     """The pipeline that the flags choose, compiled now."""
+    from components.images import LOCK_PATH
     from pipelines.client.compiled import compiled
 
-    pipeline = compiled(options.pipeline)
+    pipeline = compiled(options.pipeline, options.profile, LOCK_PATH if options.locked else None)
     local = sorted(each for each in pipeline.images if each.startswith(LOCAL_REGISTRY))
     if local:
         print(
-            f"note: {', '.join(local)}: only a cluster whose nodes have these images can run this; set SHELLV_REGISTRY"
-            " to where they were pushed.",
+            f"note: {', '.join(local)}: only a cluster whose nodes have these images can run this; push them"
+            " to a registry, named by SHELLV_REGISTRY.",
             file=sys.stderr,
         )
     return pipeline.without_cache() if options.no_cache else pipeline

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import shellv_core
@@ -59,6 +60,33 @@ class CompiledPipeline:
         executors = self.documents[0]["deploymentSpec"]["executors"].values()
         return {each["container"]["image"] for each in executors if "container" in each}
 
+    def manifests(self) -> str:
+        """The pipeline and this version as Kubernetes resources, for a server that keeps them in Kubernetes."""
+        import yaml
+
+        spec, *platform = self.documents
+        shown = spec["pipelineInfo"].get("displayName", self.name)
+
+        def resource(kind: str, name: str, title: str, more: dict[str, Any]) -> dict[str, Any]:
+            described = {"displayName": title, "description": self.description, **more}
+            return {
+                "apiVersion": "pipelines.kubeflow.org/v2beta1",
+                "kind": kind,
+                "metadata": {"name": name},
+                "spec": described,
+            }
+
+        content = {"pipelineName": self.name, "pipelineSpec": spec}
+        if platform:
+            content["platformSpec"] = platform[0]
+        return yaml.safe_dump_all(
+            [
+                resource("Pipeline", self.name, shown, {}),
+                resource("PipelineVersion", f"{self.name}-{self.version}", self.version, content),
+            ],
+            sort_keys=True,
+        )
+
     def without_cache(self) -> CompiledPipeline:
         """The same pipeline with no task cached: a version of its own, since the server has no switch per run."""
         import yaml
@@ -71,12 +99,17 @@ class CompiledPipeline:
         return CompiledPipeline(self.name, yaml.safe_dump_all(documents, sort_keys=True))
 
 
-def compiled(name: str) -> CompiledPipeline:
+def compiled(name: str, profile: str | None = None, lock: Path | None = None) -> CompiledPipeline:
     """The pipeline `name`, compiled now.
 
+    Args:
+        profile: cluster profile; None for the default.
+        lock: lock file whose digests name the images; None names them by registry and tag.
+
     Raises:
-        ConfigError: if there is none, with the nearest name.
+        ConfigError: if there is no such pipeline or profile, with the nearest name, or the lock file cannot be used.
     """
     if name not in PIPELINES:
         raise ConfigError(f"unknown pipeline {name!r}; {nearest(name, PIPELINES)}")
-    return CompiledPipeline(name, compiled_yaml(name))
+    chosen: dict[str, Any] = {"profile": profile, "lock": lock}
+    return CompiledPipeline(name, compiled_yaml(name, **{key: value for key, value in chosen.items() if value}))

@@ -96,11 +96,12 @@ class Server:
                 taken = error.status == HTTPStatus.CONFLICT
                 if not error.transient and not taken:
                     raise
+                if not taken:
+                    time.sleep(BACKOFF_SECONDS * 2**attempt)
                 if (found := find()) is not None:
                     return found
                 if taken:
                     raise
-            time.sleep(BACKOFF_SECONDS * 2**attempt)
         with self.talking():
             return create()
 

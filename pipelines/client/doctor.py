@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
+from components.images import LOCK_PATH, read_lock
 from pipelines.client.checks import Check, Failed, NotChecked, checked
+from pipelines.client.choosing import LOCAL_REGISTRY
 from pipelines.client.cluster_checks import cluster_checks
 from pipelines.client.connection import Server
 from pipelines.client.errors import PipelineServerError
@@ -17,9 +17,6 @@ from pipelines.client.runs import latest_runs
 from pipelines.client.settings import settings
 from pipelines.client.tables import table
 from shellv_core.errors import ConfigError
-
-LOCK_FILE = Path(__file__).resolve().parents[2] / "containers" / "images.lock.yaml"
-IMAGES = ("control", "train", "serve")
 
 
 def examine(options: argparse.Namespace) -> list[Check]:
@@ -108,18 +105,13 @@ def _mlflow() -> str:
 
 
 def _images() -> str:
-    from shellv_core.config import read_yaml
-
-    if not LOCK_FILE.is_file():
-        raise NotChecked(f"no {LOCK_FILE.parent.name}/{LOCK_FILE.name}", "build the images: `make images`.")
-    entries: Any = read_yaml(LOCK_FILE).get("images") or {}
-    missing = [name for name in IMAGES if not str((entries.get(name) or {}).get("digest", "")).startswith("sha256:")]
-    if missing:
-        raise Failed(f"no digest of {', '.join(missing)}", "build all images: `make images`.")
-    local = [name for name in IMAGES if str(entries[name].get("reference", "")).startswith("localhost/")]
+    if not LOCK_PATH.is_file():
+        raise NotChecked(f"no {LOCK_PATH.parent.name}/{LOCK_PATH.name}", "build the images: `make images`.")
+    images = read_lock(LOCK_PATH).images
+    local = [name for name, each in images.items() if each.reference.startswith(LOCAL_REGISTRY)]
     if local:
         raise Failed(
             f"{', '.join(local)} are on this machine only",
-            "push them: set SHELLV_REGISTRY to a registry that the nodes reach, and `make images` again.",
+            "push them to a registry that the nodes reach, named by SHELLV_REGISTRY, and build again: `make images`.",
         )
-    return ", ".join(f"{entries[name]['reference']} {entries[name]['digest'][:19]}" for name in IMAGES)
+    return ", ".join(f"{each.reference} {each.digest[:19]}" for each in images.values())

@@ -6,6 +6,8 @@ back with a session cookie. Source: Kubeflow's guide "Connect the SDK to the API
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -26,9 +28,10 @@ def session_cookie(endpoint: str, user: str, password: str, ca_file: Path | None
     import requests
 
     with requests.Session() as session:
-        session.verify = str(ca_file) if ca_file else True
+        # For each request: requests lets REQUESTS_CA_BUNDLE win over a session's own setting.
+        ask = functools.partial(session.request, timeout=TIMEOUT_SECONDS, verify=str(ca_file) if ca_file else None)
         try:
-            return _log_in(session, endpoint, user, password)
+            return _log_in(session, ask, endpoint, user, password)
         except requests.exceptions.SSLError:
             raise PipelineServerError(
                 f"{endpoint}: the certificate is not trusted; name its authority's file with --ca-file."
@@ -40,18 +43,18 @@ def session_cookie(endpoint: str, user: str, password: str, ca_file: Path | None
             ) from None
 
 
-def _log_in(session: Any, endpoint: str, user: str, password: str) -> str:
-    page = session.get(f"{endpoint}/", timeout=TIMEOUT_SECONDS)
+def _log_in(session: Any, ask: Callable[..., Any], endpoint: str, user: str, password: str) -> str:
+    page = ask("GET", f"{endpoint}/")
     if page.status_code in SIGN_IN_STATUSES:
         # oauth2-proxy shows its own page before it sends a browser to Dex.
         start = urljoin(endpoint, f"/oauth2/start?rd={urlsplit(endpoint).path or '/'}")
-        page = session.get(start, timeout=TIMEOUT_SECONDS)
+        page = ask("GET", start)
     if not page.history and not session.cookies:
         raise PipelineServerError(f"{endpoint} asks for no login; leave --user away.")
     form = urlsplit(page.url)
     if form.path.endswith("/auth"):
         # Several ways to log in: the local one takes a name and a password.
-        page = session.get(form._replace(path=f"{form.path}/local").geturl(), timeout=TIMEOUT_SECONDS)
+        page = ask("GET", form._replace(path=f"{form.path}/local").geturl())
     if page.status_code >= 400 or "/auth/" not in urlsplit(page.url).path:
         raise PipelineServerError(
             f"{endpoint}: no login form of Dex was found (at {page.url.split('?')[0]}, {page.status_code}). Log in with"
@@ -61,11 +64,11 @@ def _log_in(session: Any, endpoint: str, user: str, password: str) -> str:
         raise PipelineServerError(
             f"{page.url.split('?')[0]}: this login page is not encrypted; the password stays here."
         )
-    answer = session.post(page.url, data={"login": user, "password": password}, timeout=TIMEOUT_SECONDS)
+    answer = ask("POST", page.url, data={"login": user, "password": password})
     if not answer.history:
         raise PipelineServerError(f"{endpoint}: Dex refused user {user} or the password.", status=401)
     if urlsplit(answer.url).path.endswith("/approval"):
-        answer = session.post(answer.url, data={"approval": "approve"}, timeout=TIMEOUT_SECONDS)
+        answer = ask("POST", answer.url, data={"approval": "approve"})
     host = urlsplit(endpoint).hostname or ""
     cookies = {each.name: each.value for each in session.cookies if _belongs(each.domain, host)}
     if answer.status_code >= 500 or not cookies:

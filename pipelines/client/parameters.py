@@ -26,7 +26,7 @@ def gather(definitions: Mapping[str, Mapping[str, Any]], file: Path | None, pair
     Args:
         definitions: the pipeline's ``inputDefinitions.parameters``.
         file: YAML file with a mapping of names to values.
-        pairs: ``key=value``; a list or mapping is written as YAML, ``'overrides=[finetune.max_steps=5]'``.
+        pairs: ``key=value``; a list or mapping is written as YAML, ``'overrides=[finetune.hacl.weight=0.5]'``.
 
     Returns:
         The given values only; the server knows the defaults.

@@ -18,6 +18,7 @@ ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
 NAMESPACE = "KF_PIPELINES_NAMESPACE"
 CA_FILE = "KF_PIPELINES_CA_FILE"
+SYSTEM_CA_FILE = "SSL_CERT_FILE"
 TOKEN = "KF_PIPELINES_TOKEN"  # noqa: S105 - the variable's name
 TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - as kfp calls it
 COOKIE = "KF_PIPELINES_COOKIE"
@@ -90,7 +91,9 @@ def settings(options: argparse.Namespace) -> ServerSettings:
             " `kubectl port-forward -n kubeflow svc/ml-pipeline 8888`."
         )
     endpoint = _address(endpoint, "--endpoint")
-    ca_file = _file(options.ca_file or os.environ.get(CA_FILE), "--ca-file")
+    # kfp's client looks at no system-wide setting of its own accord.
+    authorities = {"--ca-file": options.ca_file, **{name: os.environ.get(name) for name in (CA_FILE, SYSTEM_CA_FILE)}}
+    ca_file = next((_file(value, name) for name, value in authorities.items() if value), None)
     common: dict[str, Any] = {
         "endpoint": endpoint,
         "ui_endpoint": _address(os.environ.get(UI_ENDPOINT) or endpoint, UI_ENDPOINT),

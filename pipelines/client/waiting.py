@@ -137,12 +137,12 @@ class _Watch:
         over = sum(task.state in OVER for task in seen)
         running = ", ".join(f"{task.name} ({task.time})" for task in seen if task.state == "RUNNING") or "nothing"
         total = f" of {len(self.titles)}" if self.titles else ""
-        left = (self.expected or 0) - self._elapsed()
+        left = self.expected - self._elapsed() if self.expected else 0.0
         estimate = f"; about {duration(left)} left if it takes as long as the earlier run" if left > 0 else ""
         self._say(f"{over}{total} tasks over, running: {running}{estimate}")
 
     def _elapsed(self) -> float:
-        return (datetime.now(UTC) - self.started).total_seconds() if self.started else 0.0
+        return max(0.0, (datetime.now(UTC) - self.started).total_seconds()) if self.started else 0.0
 
     def _say(self, text: str) -> None:
         self.last_line = time.monotonic()

@@ -27,6 +27,7 @@ import yaml
 API = "/apis/v2beta1"
 NOT_FINISHED = "1970-01-01T00:00:00Z"
 NOT_ENDED = "0001-01-01T00:00:00Z"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FINAL = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 
 
@@ -142,7 +143,7 @@ class KfpServer:
         if not files or not files[0].get_filename():
             raise Refusal(400, "Failed to create a pipeline version due to error reading pipeline file")
         self._get(self.pipelines, query["pipelineid"], "pipeline")
-        spec, *platform = list(yaml.safe_load_all(files[0].get_payload(decode=True)))
+        spec, *platform = list(yaml.load_all(files[0].get_payload(decode=True), Loader=LOADER))
         name = query["name"]
         if any((v["pipeline_id"], v["name"]) == (query["pipelineid"], name) for v in self.versions.values()):
             raise Refusal(409, f"Failed to create a pipeline version: The name {name} already exist.")
@@ -297,7 +298,7 @@ class KfpServer:
     def _page(field_name: str, entries: Any, query: dict[str, str]) -> Any:
         found = list(entries)
         for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
-            if predicate["operation"] != "EQUALS":
+            if predicate["operation"] not in ("EQUALS", 1):  # an enumeration of protobuf, by name or number
                 raise Refusal(400, "Invalid filter")
             found = [each for each in found if each[predicate["key"]] == predicate["stringValue"]]
         if query.get("sort_by") == "created_at desc":
