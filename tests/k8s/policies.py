@@ -1,4 +1,4 @@
-"""What this project asks of its manifests, beyond being valid. Each check gives the faults that it finds, as sentences."""
+"""What this project asks of its manifests, beyond being valid. Each check gives its faults as sentences."""
 
 from __future__ import annotations
 

@@ -118,15 +118,13 @@ def test_the_server_has_time_to_drain(root: str) -> None:
 
 
 def test_the_server_is_started_with_arguments_that_it_takes() -> None:
-    import os
-
     from shellv_core.cli import _parser
 
     objects = render("k8s/overlays/a100-80")
     settings = named(objects, "ConfigMap", "shellv-serve")["data"]
     [container] = pod(objects)["containers"]
-    assert os.fspath(container["command"][0]) == "shellv"
-    arguments = [each for each in [*container["command"][1:], *container["args"]]]
+    assert container["command"][0] == "shellv"
+    arguments: list[str] = [*container["command"][1:], *container["args"]]
     for key, value in settings.items():
         arguments = [each.replace(f"$({key})", value) for each in arguments]
     options = _parser("serve").parse_args(arguments)

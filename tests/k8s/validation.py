@@ -1,8 +1,8 @@
 """Whether an object is one that the API server would take, unknown fields refused.
 
-Core kinds go to kubernetes-validate. Custom kinds go to the schema of that name in schemas/, which knows just the fields
-that this project uses; training kinds to the models of kubeflow-trainer-api, which drop what they do not know. Pod
-specifications inside custom kinds are core again.
+Core kinds go to kubernetes-validate. Custom kinds go to the schema of that name in schemas/, which knows just the
+fields that this project uses; training kinds to the models of kubeflow-trainer-api, which drop what they do not know.
+Pod specifications inside custom kinds are core again.
 """
 
 from __future__ import annotations
