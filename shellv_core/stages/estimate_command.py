@@ -101,7 +101,8 @@ def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
     from shellv_core.models.lora import add_lora
     from shellv_core.models.shapes import model_without_weights
     from shellv_core.training.loop import set_trainable
-    from shellv_core.training.memory import estimate_memory, largest_batch
+    from shellv_core.training.memory import estimate_memory
+    from shellv_core.training.memory_batches import largest_batch
     from shellv_core.training.model import TrainingModel, frozen_copy
     from shellv_core.training.parts import learn_in_float32
 
