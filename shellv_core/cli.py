@@ -1,4 +1,4 @@
-"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve and chat.
+"""The ``shellv`` program: a verb for each stage, and commands beside them.
 
 Only the chosen verb's module is imported, so that help answers at once.
 """
@@ -34,6 +34,8 @@ COMMANDS = {
     "estimate": ("estimate the memory that training takes, and what fits", "shellv_core.stages.estimate_command"),
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
     "compare": ("compare two models' evaluations, or two answer files", "shellv_core.stages.compare_command"),
+    "models": ("show registered models, and what a version was made from", "shellv_core.stages.models_command"),
+    "rollback": ("let the champion before be champion again", "shellv_core.stages.rollback_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }

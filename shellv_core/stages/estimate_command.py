@@ -96,7 +96,8 @@ def main(args: argparse.Namespace) -> int:
 
 def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
     """The memory that `plan` takes on each device."""
-    from shellv_core.training.memory import estimate_memory, largest_batch
+    from shellv_core.training.memory import estimate_memory
+    from shellv_core.training.memory_batches import largest_batch
 
     module = module_of(plan)
     batch = largest_batch(module, plan.training, num_devices=plan.num_devices)

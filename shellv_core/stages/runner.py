@@ -178,7 +178,7 @@ def run_stage(
             body(run)
             if launch.first:
                 run.log_metrics(run.metrics)
-                manifest = output.commit(_manifest(name, run, references))
+                manifest = output.commit(_manifest(name, run, references, code))
         # Until then the others wait: a launcher takes a process that ends for a sign that all may.
         manifest = Manifest.model_validate(from_first(manifest and manifest.model_dump(mode="json")))
         shutil.rmtree(work, ignore_errors=True)
@@ -203,13 +203,20 @@ def _tracked(
     return track(name, config.model_dump(mode="json"), tags)
 
 
-def _manifest(name: str, run: StageRun[Any], inputs: Mapping[str, InputReference]) -> Manifest:
+def _manifest(name: str, run: StageRun[Any], inputs: Mapping[str, InputReference], code: Sequence[str]) -> Manifest:
+    from shellv_core.tracking.lineage import lineage_from_environment
+
     return Manifest(
         stage=name,
         fingerprint=run.fingerprint,
         library_version=shellv_core.__version__,
         config=run.config.model_dump(mode="json"),
         versions=_versions(),
+        origin={
+            "code_sha256": _code_of(name, code),
+            "mlflow_run": run.tracked.run_id,
+            **lineage_from_environment(),
+        },
         inputs=dict(inputs),
         metrics=run.metrics,
         details=run.details,
@@ -244,7 +251,7 @@ def open_stage(
         name,
         {key: value for key, value in effective_values(config).items() if key not in addresses},
         contents,
-        code_digest([f"stages/{name}.py", *code]),
+        _code_of(name, code),
     )
     uri = _with_fingerprint(config.output_uri, identity)
     return OutputDirectory(uri, identity), directories
@@ -266,6 +273,10 @@ def _checkpoint_address(checkpoint_uri: str | None, output: OutputDirectory) -> 
         # Beside, not inside: an output that failed is removed, and its last good checkpoint is not.
         checkpoint_uri = f"{output.uri}.checkpoints-{FINGERPRINT_PLACEHOLDER}"
     return checkpoint_uri and _with_fingerprint(checkpoint_uri, output.fingerprint)
+
+
+def _code_of(name: str, parts: Sequence[str]) -> str:
+    return code_digest([f"stages/{name}.py", *parts])
 
 
 def code_digest(parts: Sequence[str]) -> str:

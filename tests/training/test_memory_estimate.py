@@ -17,7 +17,8 @@ from shellv_core.models.lora import add_lora
 from shellv_core.training import memory
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 from shellv_core.training.loop import set_trainable
-from shellv_core.training.memory import DEVICES, check_memory, estimate_memory, largest_batch
+from shellv_core.training.memory import DEVICES, check_memory, estimate_memory
+from shellv_core.training.memory_batches import largest_batch
 from shellv_core.training.model import TrainingModel
 from tests.bench.memory import ALLOCATOR, CASES
 from tests.e2e.conftest import REPOSITORY
