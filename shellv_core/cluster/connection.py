@@ -198,8 +198,10 @@ def _connect() -> tuple[ApiClient, str]:
             config.load_incluster_config(client_configuration=settings)
             namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else ""
         else:
-            config.load_kube_config(client_configuration=settings)
-            namespace = config.list_kube_config_contexts()[1]["context"].get("namespace", "")
+            # The client itself looks at the variable only once, when it is imported.
+            path = os.environ.get("KUBECONFIG")
+            config.load_kube_config(path, client_configuration=settings)
+            namespace = config.list_kube_config_contexts(path)[1]["context"].get("namespace", "")
     except (config.ConfigException, OSError) as error:
         raise ClusterError(
             f"no credentials for a cluster ({_short(error)}). Run in a pod with a service account, or name a kubeconfig"

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from shellv_core.config import build_config
+from shellv_core.endpoint.client import EndpointClient
 from shellv_core.errors import ConfigError, ServingError
-from shellv_core.stages import deploy
-from shellv_core.stages.deploy import DeployConfig, Deployment
+from shellv_core.stages import deploy, deployers
+from shellv_core.stages.deploy import DeployConfig
+from shellv_core.stages.deployers import Champion, Deployment
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, home
 from tests.serving.tiny_model import build_model, build_processor, picture
 
@@ -29,7 +31,7 @@ def commit(folder, name, fill):
 
 
 @pytest.fixture
-def champion(tmp_path):
+def champion(tmp_path, tracking_store):
     """A function that registers a committed model as tiny@champion."""
 
     def register(fill=lambda output: output.put_bytes(b"{}", "model/config.json") and None):
@@ -88,18 +90,18 @@ def fake_deployment(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    seen["url"] = f"http://127.0.0.1:{server.server_port}"
 
     @contextlib.contextmanager
     def deployer(config, champion):
         seen["champion"] = champion
         try:
-            yield Deployment(f"http://127.0.0.1:{server.server_port}", {"place": "nowhere"})
+            yield Deployment(EndpointClient(seen["url"]), {"place": "nowhere"})
         except BaseException:
             seen["taken_back"] = True
             raise
 
     monkeypatch.setitem(deploy.DEPLOYERS, "local", deployer)
-    seen["url"] = f"http://127.0.0.1:{server.server_port}"
     yield seen
     server.shutdown()
 
@@ -183,6 +185,17 @@ def test_an_empty_answer_takes_the_deployment_back(champion, config, fake_deploy
     assert fake_deployment["taken_back"]
 
 
+def test_golden_questions(champion, config, fake_deployment):
+    champion()
+    golden = [{"question": "Color?", "expected": "RED"}, {"question": "Animal?", "expected": "a cat"}]
+    assert deploy.run(config(golden=golden, golden_share=0.5)).metrics["golden_share"] == 0.5
+    said = r"50% of the golden questions .*golden_share=1 is needed.*'Animal\?' with 'a red field', expected 'a cat'"
+    with pytest.raises(ServingError, match=said):
+        deploy.run(config(golden=golden, output_uri=(home() / "second").as_uri()))
+    assert fake_deployment["taken_back"]
+    assert fake_deployment["request"]["messages"][0]["content"][1]["text"] == "Animal?"
+
+
 def test_no_champion(config, fake_deployment):
     with pytest.raises(ServingError, match=r"models:/tiny@champion names no registered version.*Run promote first"):
         deploy.run(config())
@@ -206,9 +219,9 @@ def expected_revision():
 def test_a_server_elsewhere_is_waited_for_until_it_has_followed_the_alias(
     champion, config, fake_deployment, monkeypatch
 ):
-    monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(deployers, "POLL_SECONDS", 0.01)
     champion()
-    fake_deployment["champion"] = deploy.Champion("", "", "1", expected_revision())
+    fake_deployment["champion"] = Champion("", "", "1", expected_revision())
     fake_deployment["revisions"] = ["0" * 64] * 3
     details = deploy.run(config(target="service", url=fake_deployment["url"])).details
     assert details["answer"] == "a red field"
@@ -220,9 +233,9 @@ def test_a_server_elsewhere_is_waited_for_until_it_has_followed_the_alias(
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_server_elsewhere_that_does_not_follow(champion, config, fake_deployment, monkeypatch, there):
-    monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(deployers, "POLL_SECONDS", 0.01)
     champion()
-    fake_deployment["champion"] = deploy.Champion("", "", "1", "0" * 64)
+    fake_deployment["champion"] = Champion("", "", "1", "0" * 64)
     url = fake_deployment["url"] if there else "http://127.0.0.1:9"
     reason = "it serves revision 000000000000" if there else "does not answer"
     with pytest.raises(ServingError, match=rf"did not take up models:/tiny@champion \(version 1.*{reason}"):
@@ -235,7 +248,8 @@ def test_a_service_without_an_address(config):
 
 
 def test_an_unknown_target(config):
-    with pytest.raises(ConfigError, match="target='nowhere' is not a place to deploy to; allowed: local, service"):
+    said = "target='nowhere' is not a place to deploy to; allowed: local, service, kubernetes"
+    with pytest.raises(ConfigError, match=said):
         deploy.run(config(target="nowhere"))
 
 
