@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from components.images import ImageName
     from pipelines.definition import Definition
 
 COMPILED_FOLDER = Path(__file__).parent / "compiled"
@@ -18,7 +19,7 @@ PIPELINES = ("shellv", "shellv-align", "shellv-evaluate", "shellv-data")
 DEFAULT_PROFILE = "cpu"
 #: (pipeline, profile) of the files that are committed: what runs on this machine, and what a cluster gets.
 COMMITTED = (*((name, DEFAULT_PROFILE) for name in PIPELINES), ("shellv", "a100-80"))
-IMAGES = ("control", "train")
+IMAGES: tuple[ImageName, ...] = ("control", "train")
 DEFAULT_OF_CONTAINER = re.compile(r"^(#    \w+: \w+ \[Default: )([\[{].*)\]$", re.MULTILINE)
 
 

@@ -56,7 +56,7 @@ def endpoint(model_path: Path) -> Iterator[Endpoint]:
     from shellv_core.serving.server import Server, bind, running_in_thread
     from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
 
-    engine = TransformersEngine(*load_model(model_path), EngineConfig(max_waiting=2))
+    engine = TransformersEngine(*load_model(model_path), EngineConfig(slots=1, max_waiting=2))
     models = FixedModels(ServedModel(engine, "tiny", "0" * 64))
     app = create_app(models, ApiConfig(max_body_bytes=4 << 20, body_timeout_seconds=2))
     with bind("127.0.0.1", 0) as listener, running_in_thread(Server(app, models), listener) as url:
