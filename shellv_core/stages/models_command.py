@@ -85,7 +85,7 @@ def _version(registry: ModelRegistry, version: RegisteredVersion, every_byte: bo
     from shellv_core.storage import InputReference
     from shellv_core.tracking.championship import moves
     from shellv_core.tracking.lineage import ancestry, look_up
-    from shellv_core.tracking.registry import EVALUATION_TAG, SHA256_TAG
+    from shellv_core.tracking.registry import EVALUATION_SHA256_TAG, EVALUATION_TAG, SHA256_TAG
 
     sha256 = version.tags.get(SHA256_TAG)
     if sha256 is None:
@@ -97,7 +97,7 @@ def _version(registry: ModelRegistry, version: RegisteredVersion, every_byte: bo
     checked = list(chain)
     evaluation: dict[str, Any] | None = None
     if uri := version.tags.get(EVALUATION_TAG):
-        found = look_up(InputReference(uri=uri, content_sha256=""), trusted=True)
+        found = look_up(InputReference(uri=uri, content_sha256=version.tags.get(EVALUATION_SHA256_TAG, "")))
         of = found.inputs.get("model")
         evaluation = found.record() | {"metrics": found.manifest.metrics if found.manifest else {}}
         if of is not None and of.content_sha256 != sha256:

@@ -162,13 +162,14 @@ def _decide(
 def _description(run: StageRun[PromoteConfig], thresholds: Thresholds) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The version's tags (its evaluation, the metrics that the gate looks at, its lineage), and its lineage whole."""
     from shellv_core.tracking.lineage import ancestry, lineage_tags
-    from shellv_core.tracking.registry import EVALUATION_TAG, METRIC_PREFIX
+    from shellv_core.tracking.registry import EVALUATION_SHA256_TAG, EVALUATION_TAG, METRIC_PREFIX
 
     evaluation, model = run.inputs["evaluation"], run.inputs["model"]
     ancestors = ancestry(model.uri, model.content_sha256)
     values = evaluation.manifest.metrics
     metrics = {f"{METRIC_PREFIX}{name}": f"{values[name]:.4f}" for name in thresholds.metrics() if name in values}
-    tags = {EVALUATION_TAG: evaluation.uri, **metrics, **lineage_tags(ancestors)}
+    judged = {EVALUATION_TAG: evaluation.uri, EVALUATION_SHA256_TAG: evaluation.content_sha256}
+    tags = {**judged, **metrics, **lineage_tags(ancestors)}
     return tags, [ancestor.record() for ancestor in ancestors]
 
 

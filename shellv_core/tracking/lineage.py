@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shellv_core.errors import BucketNotFoundError, IntegrityError, ObjectNotFoundError
+from shellv_core.errors import BucketNotFoundError, ObjectNotFoundError, StorageError
 from shellv_core.storage import InputDirectory, InputReference, Manifest
 
 #: Name in a manifest's origin -> environment variable that tells it. Images carry the first (set as they are built);
@@ -59,9 +59,6 @@ def ancestry(uri: str, content_sha256: str) -> list[Ancestor]:
 
     Args:
         content_sha256: what is known of the content at `uri`.
-
-    Raises:
-        StorageError: if a store does not answer.
     """
     found: dict[tuple[str, str], Ancestor] = {}
 
@@ -78,23 +75,14 @@ def ancestry(uri: str, content_sha256: str) -> list[Ancestor]:
     return list(found.values())
 
 
-def look_up(reference: InputReference, trusted: bool = False) -> Ancestor:
-    """The output that `reference` names, with what is wrong with it.
-
-    Args:
-        trusted: whether its content may be any.
-
-    Raises:
-        StorageError: if the store does not answer.
-    """
+def look_up(reference: InputReference) -> Ancestor:
+    """The output that `reference` names, with what is wrong with it."""
     try:
         folder = InputDirectory(reference.uri)
-    except (ObjectNotFoundError, BucketNotFoundError):
-        return Ancestor(reference.uri, reference.content_sha256, {}, None, "it is gone")
-    except IntegrityError as error:
-        return Ancestor(reference.uri, reference.content_sha256, {}, None, str(error))
-    if trusted:
-        reference = folder.reference()
+    except StorageError as error:
+        gone = isinstance(error, (ObjectNotFoundError, BucketNotFoundError))
+        problem = "it is gone" if gone else f"it cannot be read: {error}"
+        return Ancestor(reference.uri, reference.content_sha256, {}, None, problem)
     if folder.content_sha256 != reference.content_sha256:
         problem = (
             f"it has changed since it was used: its content hash was {reference.content_sha256[:12]}...,"

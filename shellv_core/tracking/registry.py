@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-FINGERPRINT_TAG, SHA256_TAG, EVALUATION_TAG = "shellv.fingerprint", "shellv.content_sha256", "shellv.evaluation_uri"
+FINGERPRINT_TAG, SHA256_TAG = "shellv.fingerprint", "shellv.content_sha256"
+EVALUATION_TAG, EVALUATION_SHA256_TAG = "shellv.evaluation_uri", "shellv.evaluation_sha256"
 DECISION_TAG, METRIC_PREFIX = "shellv.decision", "shellv.metric."
 LOCK_SUFFIX = ".lock"  # see `shellv_core.tracking.lock`
 _PAGE = 1000

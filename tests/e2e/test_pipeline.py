@@ -35,6 +35,7 @@ def test_the_end_of_the_run_tells_a_newcomer_everything(project: Project) -> Non
     assert re.search(r"version\s+1\b", project.output)
     assert "@candidate" in project.output or "candidate" in project.output
     assert "curl " in project.output
+    assert re.search(r"pretrain_projector, part by part:\n(.*\n)*? +vision tower .*frozen\n", project.output)
 
 
 @pytest.mark.usefixtures("project_s3")

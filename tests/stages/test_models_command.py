@@ -134,6 +134,7 @@ def test_lineage_back_to_the_data(root, capsys):
         (lambda store: (store / "adapters/two/model/weights").write_text("twO"), True, "finetune", "SHA-256"),
         (lambda store: (store / "models/two/model/weights").unlink(), True, "merge_lora", "missing"),
         (lambda store: (store / "data/manifest.json").write_text("{}"), False, "unknown", "is not a manifest"),
+        (lambda store: change_manifest(store / "evaluations/two-150-data"), False, "evaluate", "has changed since"),
     ],
 )
 def test_what_is_not_as_recorded_is_told(store, capsys, spoil, every_byte, stage, problem):
@@ -141,7 +142,8 @@ def test_what_is_not_as_recorded_is_told(store, capsys, spoil, every_byte, stage
     verify = ["--verify"] if every_byte else []
     code, record = show(capsys, NAME, "2", *verify)
     assert (code, record["sound"]) == (1, False)
-    found = [(made["stage"], made["problem"]) for made in record["lineage"] if "problem" in made]
+    outputs = [*record["lineage"], record["evaluation"]]
+    found = [(made["stage"], made["problem"]) for made in outputs if "problem" in made]
     assert [each[0] for each in found] == [stage]
     assert problem in found[0][1]
     text = shellv(capsys, "models", NAME, "2", *verify)[1]

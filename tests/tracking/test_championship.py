@@ -25,13 +25,14 @@ NAME = "shellv-test"
 
 
 @pytest.fixture
-def registry(tracking_store):
+def registry(tracking_service):
     """Three versions, each of which took over from the one before."""
     registry = ModelRegistry(NAME)
     for number in ("1", "2", "3"):
         registry.register(f"s3://b/{number}", f"f{number}", f"c{number}", {})
         hand_over(registry, str(int(number) - 1) if number > "1" else "", number, "promotion", "passed the gate")
-    return registry
+    yield registry
+    open_client().delete_registered_model(NAME)
 
 
 def champion(registry):
