@@ -14,7 +14,7 @@ from shellv_core.errors import ConfigError, ShellVError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     try:
         return int(_module(options.command).run(options))
     except ShellVError as error:
@@ -23,6 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pipelines: interrupted; the next run continues where this one stopped", file=sys.stderr)
         return 130
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments; name=value may stand after flags too, where argparse itself takes no more of them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    settings = getattr(options, "values", getattr(options, "overrides", None))
+    if rest and (settings is None or any(each.startswith("-") or "=" not in each for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if settings is not None:
+        settings.extend(rest)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

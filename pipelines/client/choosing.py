@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a pipeline runs."""
-    parser.add_argument("values", metavar="name=value", nargs="*", help="parameters, right after PIPELINE")
+    parser.add_argument("values", metavar="name=value", nargs="*", help="parameters of the pipeline")
     parser.add_argument("--params", metavar="FILE.yaml", type=Path, help="parameters from a file; name=value wins")
     parser.add_argument("--experiment", metavar="NAME", help=f"experiment of the runs ({EXPERIMENT}, or shellv)")
     parser.add_argument("--service-account", metavar="NAME", default="", help="service account of the tasks")

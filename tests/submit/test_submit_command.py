@@ -115,6 +115,17 @@ def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
     assert (len(kfp.experiments), len(kfp.versions), len(kfp.runs)) == (1, 1, 2)
 
 
+def test_values_may_stand_before_and_after_flags(
+    kfp: KfpServer, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("submit", "shellv", ROOT, "--run-name", "a", "preset=smoke", "--no-cache", "overrides=[]").code == 0
+    assert set(only_run(kfp)["runtime_config"]["parameters"]) == {"root_uri", "preset", "overrides", "registered_model"}
+    for wrong in ("--no-such-flag=1", "loose"):
+        with pytest.raises(SystemExit, match="2"):
+            command("submit", "shellv", ROOT, "--run-name", "a", wrong)
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+
+
 def test_no_cache_runs_a_version_in_which_no_task_is_cached(kfp: KfpServer, command: Command) -> None:
     assert command("submit", "shellv", ROOT, "--no-cache").code == 0
     (version,) = kfp.versions.values()
