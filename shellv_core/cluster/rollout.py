@@ -171,18 +171,19 @@ def _manifest(
     name: str, version: Version | None, replicas: int | None = None, previous: str | None = None
 ) -> dict[str, Any]:
     """What the manager owns of a Deployment; what it owned before and is not in here is given back."""
-    manifest: dict[str, Any] = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": {}}
+    manifest: dict[str, Any] = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}}
+    spec: dict[str, Any] = {}
     if previous:
         manifest["metadata"]["annotations"] = {PREVIOUS_ANNOTATION: previous}
     if replicas is not None:
-        manifest["spec"]["replicas"] = replicas
+        spec["replicas"] = replicas
     if version is not None:
         variable = {"name": MODEL_VARIABLE, "value": version.model}
-        manifest["spec"]["template"] = {
+        spec["template"] = {
             "metadata": {"labels": {VERSION_LABEL: version.label}},
             "spec": {"containers": [{"name": CONTAINER, "env": [variable]}]},
         }
-    return manifest
+    return {**manifest, "spec": spec} if spec else manifest
 
 
 def _is_done(deployment: Mapping[str, Any]) -> bool:

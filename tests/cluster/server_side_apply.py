@@ -62,7 +62,8 @@ def apply(
         owners[owner].discard(path)
     dropped = owners.get(manager, set()) - set(new)
     owners[manager] = set(new)
-    for path in dropped:
+    # An item's key goes last, and with it the item.
+    for path in sorted(dropped, key=lambda each: isinstance(each[-2], tuple) and each[-1] == each[-2][0]):
         if not any(path in paths for paths in owners.values()):
             _remove(live, path)
     for path, value in new.items():
@@ -82,8 +83,11 @@ def _set(target: Any, path: Path, value: Any) -> None:
     elif rest:
         empty: Any = [] if isinstance(rest[0], tuple) else {}
         _set(target.setdefault(step, empty), tuple(rest), value)
-    else:
+    elif value != {}:
         target[step] = value
+    else:
+        # An empty map owns that there is one, and nothing in it.
+        target.setdefault(step, {})
 
 
 def _remove(target: Any, path: Path) -> None:
@@ -91,10 +95,10 @@ def _remove(target: Any, path: Path) -> None:
     if isinstance(step, tuple):
         key, name = step
         item = next((each for each in target if each.get(key) == name), None)
-        if item is not None:
+        if item is not None and tuple(rest) != (key,):
             _remove(item, tuple(rest))
-            if not item:
-                target.remove(item)
+        elif item == {key: name}:
+            target.remove(item)
     elif rest:
         if step in target:
             _remove(target[step], tuple(rest))
