@@ -17,6 +17,7 @@ def shellv_align(
     preset: str = "nano",
     overrides: list[str] = [],  # noqa: B006 - kfp reads the literal
     train_nodes: int = 1,
+    k8s_accelerator_gb: float = 0.0,
 ) -> None:
     """Compose a model and align its projector; the pipeline shellv then goes on from there.
 
@@ -24,13 +25,17 @@ def shellv_align(
         root_uri: Folder of all outputs, s3://BUCKET/PREFIX; each goes to a folder named after its content.
         preset: Settings of the stages.
         overrides: Single settings that differ from the preset, as STAGE.key=value.
-        train_nodes: Nodes that train together.
+        train_nodes: Nodes that train together; above 1 with k8s_training_accelerators 0, as each training task then
+            only waits for the pods that k8s_train_job describes.
+        k8s_accelerator_gb: Memory of an accelerator in 10^9 bytes, held against what training needs; 0 for none.
     """
     settings = {"root_uri": root_uri, "preset": preset, "overrides": overrides}
+    training = {"accelerator_gb": k8s_accelerator_gb, "nodes": train_nodes}
+    launch = {"nodes": train_nodes, "pods": place.parameters["k8s_train_job"]}
     with dsl.ExitHandler(reported(place, root_uri), name="run"):
-        checks = checked(place, STAGES, settings, train_nodes)
+        checks = checked(place, STAGES, settings, training)
         data = place(prepare_data(**settings), "prepare data").after(*checks)
-        place(pretrain_projector(data_uri=data.outputs["Output"], **settings), "pretrain projector")
+        place(pretrain_projector(data_uri=data.outputs["Output"], **settings, **launch), "pretrain projector")
 
 
 SHELLV_ALIGN = Definition("shellv-align", "Shell-V: align a projector", shellv_align, ("training",))

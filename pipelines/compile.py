@@ -8,10 +8,9 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
-    from components.images import ImageName
     from pipelines.definition import Definition
 
 COMPILED_FOLDER = Path(__file__).parent / "compiled"
@@ -19,7 +18,6 @@ PIPELINES = ("shellv", "shellv-align", "shellv-evaluate", "shellv-data")
 DEFAULT_PROFILE = "cpu"
 #: (pipeline, profile) of the files that are committed: what runs on this machine, and what a cluster gets.
 COMMITTED = (*((name, DEFAULT_PROFILE) for name in PIPELINES), ("shellv", "a100-80"))
-IMAGES: tuple[ImageName, ...] = ("control", "train")
 DEFAULT_OF_CONTAINER = re.compile(r"^(#    \w+: \w+ \[Default: )([\[{].*)\]$", re.MULTILINE)
 
 
@@ -96,10 +94,10 @@ def compiled_path(name: str, profile: str = DEFAULT_PROFILE, folder: Path = COMP
 def _text(built: Any, lock: Path | None) -> str:
     from kfp.compiler import Compiler
 
-    from components.images import image
+    from components.images import ImageName, image
 
     if lock is not None:
-        locked: dict[str, str] = {image(name): image(name, lock) for name in IMAGES}
+        locked = {image(name): image(name, lock) for name in get_args(ImageName)}
         for executor in built.pipeline_spec.deployment_spec["executors"].values():
             container = executor["container"]
             container["image"] = locked[container["image"]]

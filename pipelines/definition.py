@@ -31,7 +31,12 @@ class Definition:
 
     def build(self, profile: Profile) -> Any:
         """The pipeline for a cluster, as kfp knows it: its own parameters and those about placement."""
-        defaults = {"preset": profile.preset, "overrides": profile.overrides, "deploy_target": profile.deploy_target}
+        defaults: dict[str, Any] = {
+            "preset": profile.preset,
+            "overrides": profile.overrides,
+            "deploy_target": profile.deploy_target,
+            "k8s_accelerator_gb": profile.accelerator_gb,
+        }
         own = [
             each.replace(default=defaults.get(name, each.default))
             for name, each in list(inspect.signature(self.wire).parameters.items())[1:]

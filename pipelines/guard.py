@@ -19,7 +19,7 @@ def checked(
     place: Placement,
     stages: Sequence[str],
     settings: dict[str, Any],
-    train_nodes: Any = None,
+    training: dict[str, Any] | None = None,
     deploy_target: Any = "",
 ) -> list[Any]:
     """The tasks that all others wait for; the first is `preflight`'s.
@@ -27,18 +27,18 @@ def checked(
     Args:
         stages: of the pipeline.
         settings: its root_uri, preset and overrides.
-        train_nodes: nodes that train together; None where nothing is trained.
+        training: the memory of an accelerator and the nodes that train together; None where nothing is trained.
     """
     first = place(preflight(**settings, stages=list(stages), deploy_target=deploy_target), "preflight")
-    if train_nodes is None:
+    if training is None:
         return [first]
     fits = check_training(
         preset=settings["preset"],
         overrides=settings["overrides"],
         stages=list(stages),
-        accelerator_gb=place.parameters["k8s_accelerator_gb"],
+        **training,
         num_accelerators=place.parameters["k8s_training_accelerators"],
-        num_nodes=train_nodes,
+        pods=place.parameters["k8s_train_job"],
         scratch_gb=gigabytes(place.profile.tasks.training.scratch),
     )
     return [first, place(fits, "check training")]

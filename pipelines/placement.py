@@ -50,12 +50,12 @@ def parameters(profile: Profile, kinds: tuple[Kind, ...]) -> dict[str, Parameter
         )
         for kind in kinds
     }
-    memory = {
-        "k8s_accelerator_gb": Parameter(
-            float, profile.accelerator_gb, "Memory of one accelerator in 10^9 bytes, checked first; 0 checks nothing."
+    job = {
+        "k8s_train_job": Parameter(
+            dict, profile.train_job(), "What each pod gets where training is spread over several nodes."
         )
     }
-    return common | accelerated | counts | (memory if "training" in kinds else {})
+    return common | accelerated | counts | (job if "training" in kinds else {})
 
 
 class Placement:

@@ -133,6 +133,22 @@ class Profile(Config):
         """The tolerations as Kubernetes takes them."""
         return [{key: value for key, value in each.model_dump().items() if value} for each in self.tolerations]
 
+    def train_job(self) -> dict[str, Any]:
+        """What the pods of a training over several nodes get, as settings of `LaunchConfig`."""
+        training = self.tasks.training
+        values = {
+            "accelerator": self.accelerator,
+            "num_accelerators": training.accelerators,
+            "cpu": training.cpu,
+            "memory": training.memory,
+            "node_selector": self.node_selector,
+            "tolerations": self.toleration_values(),
+            "node_affinity": self.node_affinity,
+            "queue": self.queue,
+            "deadline_seconds": round(training.timeout_hours * 3600),
+        }
+        return {name: value for name, value in values.items() if value}
+
 
 def profile_names() -> list[str]:
     """The profiles that there are."""

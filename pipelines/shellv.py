@@ -25,6 +25,7 @@ def shellv(
     registered_model: str = "",
     deploy_target: str = "kubernetes",
     train_nodes: int = 1,
+    k8s_accelerator_gb: float = 0.0,
 ) -> None:
     """Train a vision-language model with and without HACL, judge both, promote the first if it passes, and serve it.
 
@@ -34,18 +35,22 @@ def shellv(
         overrides: Single settings that differ from the preset, as STAGE.key=value.
         registered_model: Name in the model registry; empty for the preset's.
         deploy_target: Where the champion is deployed to; empty for what the settings say.
-        train_nodes: Nodes that train together.
+        train_nodes: Nodes that train together; above 1 with k8s_training_accelerators 0, as each training task then
+            only waits for the pods that k8s_train_job describes.
+        k8s_accelerator_gb: Memory of an accelerator in 10^9 bytes, held against what training needs; 0 for none.
     """
     settings = {"root_uri": root_uri, "preset": preset, "overrides": overrides}
+    training = {"accelerator_gb": k8s_accelerator_gb, "nodes": train_nodes}
+    launch = {"nodes": train_nodes, "pods": place.parameters["k8s_train_job"]}
     with dsl.ExitHandler(reported(place, root_uri), name="run"):
-        checks = checked(place, STAGES, settings, train_nodes, deploy_target)
+        checks = checked(place, STAGES, settings, training, deploy_target)
         data = place(prepare_data(**settings), "prepare data").after(*checks).outputs["Output"]
-        projector = place(pretrain_projector(data_uri=data, **settings), "pretrain projector")
+        projector = place(pretrain_projector(data_uri=data, **settings, **launch), "pretrain projector")
         inputs = {"data_uri": data, "model_uri": projector.outputs["Output"], **settings}
 
         models = {}
         for name, task_overrides in {"with HACL": [], "without HACL": WITHOUT_HACL}.items():
-            adapter = place(finetune(**inputs, task_overrides=task_overrides), f"finetune {name}")
+            adapter = place(finetune(**inputs, **launch, task_overrides=task_overrides), f"finetune {name}")
             merged = place(merge_lora(adapter_uri=adapter.outputs["Output"], **settings), f"merge {name}")
             models[name] = merged.outputs["Output"]
 

@@ -38,10 +38,11 @@ def single(name: str) -> Definition:
         raise ConfigError(f"{name} reports how a pipeline run ended; it has no meaning alone.")
 
     def wire(place: Placement, **values: Any) -> None:
-        place(component(**values), name)
+        job = {"pods": place.parameters["k8s_train_job"]} if "pods" in inputs else {}
+        place(component(**values, **job), name)
 
     signature = inspect.signature(component.python_func)
-    own = [signature.parameters[key] for key in inputs]
+    own = [signature.parameters[key] for key in inputs if key != "pods"]
     placed = inspect.Parameter("place", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wire.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [placed, *sorted(own, key=lambda each: each.default is not inspect.Parameter.empty)]

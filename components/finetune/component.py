@@ -15,6 +15,8 @@ def finetune(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     task_overrides: list[str] = [],  # noqa: B006 - kfp reads the literal
+    nodes: int = 1,
+    pods: dict = {},  # noqa: B006 - kfp reads the literal
 ) -> str:
     """LoRA finetuning with the HACL objective.
 
@@ -25,6 +27,8 @@ def finetune(
         preset: Settings to start from.
         overrides: Single settings that differ, as STAGE.key=value.
         task_overrides: More of them, which win: what sets this task of a pipeline apart.
+        nodes: Machines that train together; above 1 in the pods of a TrainJob, while this task waits.
+        pods: What those pods get, as settings of LaunchConfig; see shellv_core/stages/launch.py.
 
     Returns:
         Output: URI of the adapter and the HACL heads.
@@ -35,12 +39,13 @@ def finetune(
 
     begin_task()
 
-    from shellv_core.stages import finetune
     from shellv_core.stages.artifacts import write_metrics, write_reference
+    from shellv_core.stages.launch import launch_config, run_training
     from shellv_core.stages.presets import stage_config
 
     uris = {"data_uri": data_uri, "model_uri": model_uri, "output_uri": f"{root_uri}/finetune/{{fingerprint}}"}
-    result = finetune.run(stage_config(preset, "finetune", [*overrides, *task_overrides], **uris))
+    config = stage_config(preset, "finetune", [*overrides, *task_overrides], **uris)
+    result = run_training("finetune", config, launch_config(nodes, pods))
     write_reference(result, adapter)
     write_metrics(result, metrics)
     return result.output_uri

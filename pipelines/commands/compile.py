@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-LOCK_FILE = Path(__file__).parents[2] / "containers" / "images.lock.yaml"
-OUTPUT_FOLDER = Path("compiled")
+OUTPUT_FOLDER = Path("build") / "pipelines"
 
 
 def add_parser(commands: Any) -> None:
@@ -19,8 +18,10 @@ def add_parser(commands: Any) -> None:
         " With --profile or --locked: write all pipelines for that cluster, or with those images, to a folder.",
     )
     parser.add_argument("--profile", metavar="NAME", help="a cluster: one of pipelines/profiles, or a YAML file (cpu)")
-    parser.add_argument("--locked", action="store_true", help=f"name images by the digests of {LOCK_FILE.name}")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="where --profile and --locked write to (compiled)")
+    parser.add_argument(
+        "--locked", action="store_true", help="name images by the digests that `make images` wrote"
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where --profile and --locked write to (build/pipelines)")
     parser.add_argument("--check", action="store_true", help="only tell whether the committed files are current")
 
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: if options do not go together, or a profile or the lock file is wrong.
         ShellVError: if `options.check` and a committed file is stale.
     """
+    from components.images import LOCK_PATH
     from pipelines.compile import DEFAULT_PROFILE, PIPELINES, committed_files, compiled_path, compiled_yaml
     from shellv_core.errors import ConfigError, ShellVError
 
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--check is about the committed files; leave out --profile, --locked and --output.")
     if chosen:
         profile, folder = options.profile or DEFAULT_PROFILE, options.output or OUTPUT_FOLDER
-        lock = LOCK_FILE if options.locked else None
+        lock = LOCK_PATH if options.locked else None
         texts = {compiled_path(name, profile, folder): compiled_yaml(name, profile, lock) for name in PIPELINES}
     else:
         texts = dict(committed_files())

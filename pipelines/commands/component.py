@@ -28,14 +28,14 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: if there is no such component or profile, or an input is wrong.
         TaskFailedError: if the task fails.
     """
-    from pipelines.commands.compile import LOCK_FILE
+    from components.images import LOCK_PATH
     from pipelines.compile import compiled_definition
     from pipelines.profile import read_profile
     from pipelines.single import arguments, single
 
     found = single(options.name)
     given = None if options.run is None else arguments(options.name, options.run)
-    text = compiled_definition(found, read_profile(options.profile), LOCK_FILE if options.locked else None)
+    text = compiled_definition(found, read_profile(options.profile), LOCK_PATH if options.locked else None)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     elif given is None:

@@ -9,12 +9,12 @@ from pydantic import Field
 
 from shellv_core.config import Config
 from shellv_core.errors import ConfigError
+from shellv_core.stages.launch import TRAINING_STAGES, LaunchConfig
 from shellv_core.stages.preflight import GIGA, Finding, gather
 
 if TYPE_CHECKING:
     from shellv_core.stages.estimate_command import Plan
 
-TRAINING_STAGES = ("pretrain_projector", "finetune")
 #: A parameter, its gradient's place and AdamW's two moments, in float32: what a checkpoint holds of what learns.
 CHECKPOINT_BYTES = 12
 
@@ -25,7 +25,8 @@ class CheckTrainingConfig(Config):
     Attributes:
         stages: the pipeline's; those that do not train are passed over.
         accelerator_gb: memory (10^9 bytes) of one accelerator; 0 for none, which checks nothing.
-        num_accelerators: that share a step, on all nodes together.
+        num_accelerators: of each training task.
+        launch: nodes that train together, and what the pods of a job on several of them get.
         scratch_gb: disk (10^9 bytes) of a node for checkpoints and models; 0 leaves that unchecked.
     """
 
@@ -35,6 +36,12 @@ class CheckTrainingConfig(Config):
     accelerator_gb: float = Field(default=0.0, ge=0.0)
     num_accelerators: int = Field(default=1, ge=0)
     scratch_gb: float = Field(default=0.0, ge=0.0)
+    launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def num_devices(self) -> int:
+        """Accelerators that share a step."""
+        return self.launch.nodes * self.launch.num_accelerators if self.launch.nodes > 1 else self.num_accelerators
 
 
 def run(config: CheckTrainingConfig) -> list[Finding]:
@@ -43,7 +50,13 @@ def run(config: CheckTrainingConfig) -> list[Finding]:
     Raises:
         ConfigError: with all faults at once, each with settings that fit where there are any.
     """
-    if not config.accelerator_gb or not config.num_accelerators:
+    if config.launch.nodes > 1 and config.num_accelerators:
+        raise ConfigError(
+            f"on {config.launch.nodes} nodes a training task only waits for the pods of its job, but would hold"
+            f" {config.num_accelerators} accelerators meanwhile. Give k8s_training_accelerators=0; what the pods get is"
+            " k8s_train_job's."
+        )
+    if not config.accelerator_gb or not config.num_devices:
         return [Finding(name="memory", found="no accelerator, nothing to check")]
     stages = [stage for stage in TRAINING_STAGES if stage in config.stages]
     checks = {f"{stage} memory": partial(_check_memory, config, stage) for stage in stages}
@@ -64,7 +77,7 @@ def _plan(config: CheckTrainingConfig, stage: str) -> Plan:
         settings.hacl,
         getattr(settings, "lora", None),
         getattr(settings, "preference", None),
-        max(config.num_accelerators, 1),
+        config.num_devices,
         settings.training.zero_stage or 0,
     )
 

@@ -15,14 +15,14 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pydantic import Field
 
-from shellv_core.config import Config
+from shellv_core.config import Config, build_config
 from shellv_core.errors import ConfigError, Preempted, TrainingError
 from shellv_core.logs import get_logger
 from shellv_core.stages.presets import stage_module
@@ -34,6 +34,7 @@ from shellv_core.stages.runner import (
     open_stage,
     result_of,
 )
+from shellv_core.stages.task import IMAGE_VARIABLE, run_id
 from shellv_core.storage import OutputDirectory
 
 logger = get_logger(__name__)
@@ -83,6 +84,19 @@ class LaunchConfig(Config):
     deadline_seconds: int = Field(default=7 * 24 * 3600, ge=1)
 
 
+def launch_config(nodes: int, pods: Mapping[str, Any]) -> LaunchConfig:
+    """How a workflow engine's task launches training: in its own pod, or in those of a job on several nodes.
+
+    Args:
+        pods: further settings of `LaunchConfig`, for the job's pods.
+
+    Raises:
+        ConfigError: naming what is unknown or out of range.
+    """
+    own = {"image": os.environ.get(IMAGE_VARIABLE, ""), "run_id": run_id()}
+    return build_config(LaunchConfig, {**own, **pods, "nodes": nodes})
+
+
 def run_training(stage: str, config: StageConfig, launch: LaunchConfig | None = None) -> StageResult:
     """Run a training stage in as many processes as `launch` says; by default in one for each accelerator here.
 
@@ -98,6 +112,8 @@ def run_training(stage: str, config: StageConfig, launch: LaunchConfig | None = 
     if stage not in TRAINING_STAGES:
         raise ConfigError(f"{stage!r} runs in one process; several take {' or '.join(TRAINING_STAGES)}.")
     launch = launch or LaunchConfig()
+    if launch.nodes > 1 or launch.image:
+        config = _with_checkpoints_elsewhere(config)
     if launch.nodes > 1:
         return _on_nodes(stage, config, launch)
     processes = launch.processes_per_node or _count_accelerators()
@@ -116,11 +132,6 @@ def _on_nodes(stage: str, config: StageConfig, launch: LaunchConfig) -> StageRes
         raise ConfigError(
             f"nodes={launch.nodes} also needs {' and '.join(missing)} of the launch: they describe its pods."
         )
-    training: Any = getattr(config, "training")  # noqa: B009 - both training stages have it
-    if training.checkpoint_uri is None:
-        # Scratch folders go with their pods.
-        training = training.model_copy(update={"checkpoint_uri": CHECKPOINTS_BESIDE_OUTPUT})
-        config = config.model_copy(update={"training": training})
 
     def run(output: OutputDirectory) -> None:
         from shellv_core.cluster.connection import Cluster
@@ -129,6 +140,15 @@ def _on_nodes(stage: str, config: StageConfig, launch: LaunchConfig) -> StageRes
         run_job(Cluster(launch.namespace), train_job_of(stage, config, launch, output))
 
     return _run_once(stage, config, run)
+
+
+def _with_checkpoints_elsewhere(config: StageConfig) -> StageConfig:
+    """`config` with copies of the checkpoints beside the output: the disk of a container goes with it."""
+    training: Any = getattr(config, "training")  # noqa: B009 - both training stages have it
+    if training.checkpoint_uri is not None:
+        return config
+    training = training.model_copy(update={"checkpoint_uri": CHECKPOINTS_BESIDE_OUTPUT})
+    return config.model_copy(update={"training": training})
 
 
 def train_job_of(stage: str, config: StageConfig, launch: LaunchConfig, output: OutputDirectory) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def run(config: ReportRunConfig) -> str:
         Markdown.
 
     Raises:
-        ShellVError: if something could not be removed from the cluster, since it may hold accelerators.
+        ClusterError: if something could not be removed from the cluster, since it may hold accelerators.
     """
     worked, faults = _worked()
     removed = _clean_up()
@@ -113,4 +113,17 @@ def _read(run: object) -> Worked:
 
 
 def _clean_up() -> list[str]:
-    return []
+    """Delete the run's jobs where this is a pod of a cluster that has such; returns what was deleted."""
+    from http import HTTPStatus
+
+    if not os.environ.get("KUBERNETES_SERVICE_HOST") or not run_id():
+        return []
+    from shellv_core.cluster.connection import ApiError
+    from shellv_core.cluster.launcher import delete_jobs
+
+    try:
+        return [f"deleted the TrainJob {name}" for name in delete_jobs(run_id())]
+    except ApiError as error:
+        if error.status == HTTPStatus.NOT_FOUND:  # no Kubeflow Trainer, no jobs
+            return []
+        raise
