@@ -15,4 +15,5 @@ COMMANDS = (
     "wait",
     "terminate",
     "doctor",
+    "manifests",
 )

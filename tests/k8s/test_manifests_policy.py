@@ -92,6 +92,56 @@ def test_a_broken_policy_is_seen(what: str, value: Any, fault: str) -> None:
     assert any(fault in each for each in found), found
 
 
+@pytest.mark.parametrize("root", OVERLAYS)
+def test_the_pipeline_may_do_what_the_code_does_and_no_more(root: str) -> None:
+    from shellv_core.cluster.permissions import PERMISSIONS
+
+    rules = named(render(root), "Role", "pipeline-runner")["rules"]
+    given = [
+        (group, resource, frozenset(rule["verbs"]))
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    ]
+    assert sorted(given, key=str) == sorted(((each.group, each.resource, each.verbs) for each in PERMISSIONS), key=str)
+
+
+def test_the_documented_rights_are_those_of_the_roles() -> None:
+    import re
+
+    document = (K8S.parent / "docs" / "kubernetes.md").read_text()
+    section = document.partition("### Rights\n")[2].partition("\n#")[0]
+    listed = {
+        (resource, verb, name)
+        for resource, verbs, names in re.findall(r"^\| `([^`]+)` \| ([^|]+?) \| ([^|]*?) \|", section, re.MULTILINE)
+        for verb in verbs.split(", ")
+        for name in names.replace("`", "").split(", ")
+    }
+    given = {
+        (f"{group}/{resource}".lstrip("/"), verb, name)
+        for role in of_kind(render("k8s/overlays/cpu"), "Role")
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        for name in rule.get("resourceNames", ["any"])
+    }
+    assert listed == given
+
+
+def test_deploy_writes_to_what_is_here() -> None:
+    from shellv_core.cluster import rollout
+
+    objects = render("k8s/overlays/cpu")
+    for name in ("shellv-serve", f"shellv-serve{rollout.CANARY_SUFFIX}"):
+        [container] = named(objects, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+        assert container["name"] == rollout.CONTAINER
+        assert any(f"$({rollout.MODEL_VARIABLE})" in each for each in container["args"])
+        # The pipeline's value must be the only one on the container itself: the platform's is in the ConfigMap.
+        assert rollout.MODEL_VARIABLE not in [each["name"] for each in container["env"]]
+    assert rollout.MODEL_VARIABLE in named(objects, "ConfigMap", "shellv-serve")["data"]
+
+
 def test_no_file_of_the_tree_holds_a_secret() -> None:
     for path in sorted(K8S.rglob("*.yaml")):
         assert not SECRET_VALUE.search(path.read_text()), path
