@@ -18,10 +18,8 @@ def add_parser(commands: Any) -> None:
         " With --profile or --locked: write all pipelines for that cluster, or with those images, to a folder.",
     )
     parser.add_argument("--profile", metavar="NAME", help="a cluster: one of pipelines/profiles, or a YAML file (cpu)")
-    parser.add_argument(
-        "--locked", action="store_true", help="name images by the digests that `make images` wrote"
-    )
-    parser.add_argument("--output", metavar="DIR", type=Path, help="where --profile and --locked write to (build/pipelines)")
+    parser.add_argument("--locked", action="store_true", help="name images by the digests that `make images` wrote")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="folder of --profile and --locked (build/pipelines)")
     parser.add_argument("--check", action="store_true", help="only tell whether the committed files are current")
 
 
