@@ -4,11 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from kfp.components import load_component_from_file
 
+from components import images
+from components.images import ImageName, LockedImage
+from containers.lock import write_lock
 from pipelines.client import compiled
 from pipelines.client.compiled import CompiledPipeline
 from pipelines.compile import compiled_yaml
@@ -85,7 +89,7 @@ def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
         "shellv",
         ROOT,
         "overrides=[finetune.hacl.weight=0.5]",
-        "k8s_num_accelerators=8",
+        "k8s_training_accelerators=8",
         *("--params", str(params), "--experiment", "hacl", "--run-name", "first try"),
         *("--service-account", "pipeline-runner", "--pipeline-root", "s3://bucket/kfp", "--mlflow-experiment", "vlm"),
     )
@@ -99,8 +103,7 @@ def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
             "preset": "smoke",
             "k8s_node_selector": {"pool": "a100"},
             "overrides": ["finetune.hacl.weight=0.5"],
-            "k8s_num_accelerators": "8",
-            "registered_model": "shellv-smoke",
+            "k8s_training_accelerators": "8",
         },
     }
     assert run["service_account"] == "pipeline-runner"
@@ -119,7 +122,7 @@ def test_values_may_stand_before_and_after_flags(
     kfp: KfpServer, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("submit", "shellv", ROOT, "--run-name", "a", "preset=smoke", "--no-cache", "overrides=[]").code == 0
-    assert set(only_run(kfp)["runtime_config"]["parameters"]) == {"root_uri", "preset", "overrides", "registered_model"}
+    assert set(only_run(kfp)["runtime_config"]["parameters"]) == {"root_uri", "preset", "overrides"}
     for wrong in ("--no-such-flag=1", "loose"):
         with pytest.raises(SystemExit, match="2"):
             command("submit", "shellv", ROOT, "--run-name", "a", wrong)
@@ -129,9 +132,42 @@ def test_values_may_stand_before_and_after_flags(
 def test_no_cache_runs_a_version_in_which_no_task_is_cached(kfp: KfpServer, command: Command) -> None:
     assert command("submit", "shellv", ROOT, "--no-cache").code == 0
     (version,) = kfp.versions.values()
-    spec = version["pipeline_spec"]["pipeline_spec"]
-    assert {str(task["cachingOptions"]) for task in spec["root"]["dag"]["tasks"].values()} == {"{}"}
-    assert spec["components"] == next(yaml.safe_load_all(pushed("shellv")))["components"]
+    ours, theirs = version["pipeline_spec"]["pipeline_spec"], next(yaml.safe_load_all(pushed("shellv")))
+    cached = [task.pop("cachingOptions") for task in tasks_of(theirs)]
+    assert [task.pop("cachingOptions") for task in tasks_of(ours)] == [{}] * len(cached)
+    assert {"enableCache": True} in cached
+    assert ours == theirs
+
+
+def tasks_of(spec: dict) -> list[dict]:
+    """The tasks of a pipeline, also those in groups."""
+    graphs = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    return [task for graph in graphs for task in graph["tasks"].values() if "cachingOptions" in task]
+
+
+def test_profiles_and_locked_images_are_versions_of_their_own(
+    kfp: KfpServer, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(images, "LOCK_PATH", tmp_path / "images.lock.yaml")
+    said = command("upload", "shellv", "--locked")
+    assert said.code == 2
+    assert "make images" in said.err
+    said = command("upload", "shellv", "--profile", "a100-8")
+    assert said.code == 2
+    assert "a100-8" in said.err
+    assert kfp.requests == []
+    digest = "sha256:" + "a" * 64
+    locked = {name: LockedImage(reference=f"registry/{name}:1", digest=digest) for name in get_args(ImageName)}
+    monkeypatch.setattr("containers.lock.LOCK_PATH", images.LOCK_PATH)
+    write_lock(locked)
+    for arguments in ([], ["--profile", "a100-80"], ["--profile", "a100-80", "--locked"]):
+        assert command("upload", "shellv", *arguments).code == 0
+    cpu, large, pinned = (version["pipeline_spec"] for version in kfp.versions.values())
+    assert cpu != large
+    executors = pinned["pipeline_spec"]["deploymentSpec"]["executors"].values()
+    used = {each["container"]["image"] for each in executors}
+    assert used == {f"registry/control@{digest}", f"registry/train@{digest}"}
+    assert pinned["platform_spec"] == large["platform_spec"]
 
 
 @pytest.mark.parametrize(
@@ -160,10 +196,12 @@ def test_wrong_parameters_are_told_before_any_request(
 
 def test_a_number_for_a_text_in_a_file_says_to_quote_it(kfp: KfpServer, command: Command, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text("root_uri: s3://b\nk8s_num_accelerators: 8\n")
+    params.write_text("root_uri: s3://b\nk8s_training_accelerators: 8\n")
     said = command("submit", "shellv", "--params", str(params))
     assert said.code == 2
-    assert "k8s_num_accelerators is 8; it must be text. Put it in quotes: k8s_num_accelerators: '8'." in said.err
+    assert (
+        "k8s_training_accelerators is 8; it must be text. Put it in quotes: k8s_training_accelerators: '8'." in said.err
+    )
     assert kfp.requests == []
 
 
