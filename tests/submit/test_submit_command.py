@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from kfp.components import load_component_from_file
 from components import images
 from components.images import ImageName, LockedImage
 from containers.lock import write_lock
-from pipelines.client import compiled
+from pipelines.client import compiled, connection
 from pipelines.client.compiled import CompiledPipeline
 from pipelines.compile import compiled_yaml
 from tests.pipelines.kfp_api_server import KfpServer, Snapshot
@@ -233,6 +234,13 @@ def test_what_a_server_did_before_its_answer_was_lost_is_not_done_again(
     assert len(kfp.runs) == 2
 
 
+@pytest.mark.parametrize("path", ["/pipelines$", "/upload_version", "/experiments"])
+def test_what_somebody_else_created_in_the_meantime_is_taken(kfp: KfpServer, command: Command, path: str) -> None:
+    kfp.fail("POST", path, 409, after=True)
+    assert command("submit", "shellv", ROOT).code == 0
+    assert (len(kfp.pipelines), len(kfp.versions), len(kfp.experiments), len(kfp.runs)) == (1, 1, 1, 1)
+
+
 def test_a_server_that_goes_on_failing_ends_the_command(kfp: KfpServer, command: Command) -> None:
     kfp.fail("POST", "/runs$", 500, count=100)
     said = command("submit", "shellv", ROOT)
@@ -262,6 +270,26 @@ def test_no_server(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "http://127.0.0.1:9 does not answer (" in said.err
     assert "kubectl port-forward" in said.err
     assert said.err.count("\n") == 1
+
+
+def test_a_server_that_takes_requests_and_never_answers(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        said = command("submit", "shellv", ROOT, "--endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert said.code == 1
+    assert "does not answer (Read timed out. (read timeout=0.05))" in said.err
+
+
+def test_a_proxy_of_the_environment_is_used(kfp: KfpServer, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A proxy is asked for whole addresses; the stand-in answers for every host.
+    monkeypatch.setenv("http_proxy", kfp.url)
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    assert command("status", "--endpoint", "http://kubeflow.example/pipeline").code == 1
+    assert kfp.requests == [("GET", "/pipeline/apis/v2beta1/healthz")]
+    assert command("status", "--endpoint", "http://kubeflow.example").code == 0
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert command("status").code == 0
 
 
 def test_submit_and_wait_says_how_the_run_ended(kfp: KfpServer, command: Command) -> None:

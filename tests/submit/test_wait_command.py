@@ -178,6 +178,7 @@ def test_status_lists_runs_and_the_tasks_of_one(kfp: KfpServer, command: Command
     assert [row.split()[0] for row in rows] == [second, first]
     assert ["failed" in rows[0], "succeeded" in rows[1]] == [True, True]
     assert len(command("status", "--count", "1").out.splitlines()) == 2
+    assert "--count is 0; it must be 1 or more." in command("status", "--count", "0").err
     out = command("status", second).out
     assert "finetune with HACL  failed" in out
     assert out.splitlines()[-1] == "finetune with HACL: out of memory"
