@@ -95,7 +95,8 @@ class CompiledPipeline:
         spec = documents[0]
         for graph in [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]:
             for task in graph["tasks"].values():
-                task["cachingOptions"] = {}
+                if "cachingOptions" in task:  # a group has none
+                    task["cachingOptions"] = {}
         return CompiledPipeline(self.name, yaml.safe_dump_all(documents, sort_keys=True))
 
 

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pipelines.client.errors import PipelineServerError, explained, not_pipelines
 from pipelines.client.settings import ServerSettings
@@ -105,12 +107,12 @@ class Server:
         with self.talking():
             return create()
 
-    def pages(self, list_page: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
-        """All entries of a listing, page after page; `field` is the answer's attribute that holds them."""
+    def pages(self, list_page: Callable[..., Any], field: str, size: int = 100, **arguments: Any) -> Iterator[Any]:
+        """All entries of a listing, `size` to a page; `field` is the answer's attribute that holds them."""
         token = ""
         for _ in range(MAX_PAGES):
             with self.talking():
-                page = list_page(page_token=token, page_size=100, **arguments)
+                page = list_page(page_token=token, page_size=size, **arguments)
             yield from getattr(page, field) or ()
             token = page.next_page_token
             if not token:
@@ -154,6 +156,7 @@ def _client(settings: ServerSettings) -> Any:
         existing_token=settings.token or None,
         credentials=ServiceAccountTokenVolumeCredentials(str(settings.token_file)) if settings.token_file else None,
         cookies=_cookie(settings) or None,
+        proxy=_proxy(settings.endpoint),
         ssl_ca_cert=str(settings.ca_file) if settings.ca_file else None,
     )
 
@@ -164,6 +167,14 @@ def _cookie(settings: ServerSettings) -> str:
     if not settings.user:
         return settings.cookie
     return session_cookie(settings.endpoint, settings.user, settings.password, settings.ca_file)
+
+
+def _proxy(endpoint: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name, at which kfp's client does not look."""
+    parts = urlsplit(endpoint)
+    if proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def _request(request: Callable[..., Any], *arguments: Any, _request_timeout: Any = None, **named: Any) -> Any:

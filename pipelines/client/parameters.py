@@ -99,16 +99,14 @@ def _checked(name: str, value: Any, definition: Mapping[str, Any]) -> Any:
 
 
 def _check_settings(values: dict[str, Any], definitions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check the stages' settings as each task would, and name the model after its preset, as a local run does."""
+    """Check the settings of all stages, as each task would."""
+    from shellv_core.stages import STAGE_NAMES
     from shellv_core.stages.presets import stage_config
 
     if "preset" not in definitions:
         return
-    preset = str(values.get("preset", definitions["preset"].get("defaultValue")))
     overrides = values.get("overrides", [])
     strange = [each for each in overrides if not isinstance(each, str)]
     if strange:
         raise ConfigError(f"parameter overrides holds {strange[0]!r}; each must be text, 'STAGE.key=value'.")
-    promote = stage_config(preset, "promote", overrides)
-    if "registered_model" in definitions:
-        values.setdefault("registered_model", promote.registered_model)
+    stage_config(str(values.get("preset", definitions["preset"].get("defaultValue"))), STAGE_NAMES[0], overrides)

@@ -87,7 +87,7 @@ def experiment_id(server: Server, name: str) -> str:
     """The id of the experiment `name`, which is created where it is missing."""
     import kfp_server_api
 
-    arguments = {"namespace": server.namespace} if server.namespace else {}
+    arguments: dict[str, Any] = {"namespace": server.namespace} if server.namespace else {}
 
     def find() -> Any:
         listing = server.client.experiments.experiment_service_list_experiments
@@ -104,11 +104,13 @@ def get_run(server: Server, run_id: str) -> Any:
         return server.client.runs.run_service_get_run(run_id)
 
 
-def latest_runs(server: Server, count: int, **where: str) -> list[Any]:
+def latest_runs(server: Server, count: int, **where: Any) -> list[Any]:
     """The newest `count` runs; `where` may name an ``experiment_id``."""
     if server.namespace and "experiment_id" not in where:
         where["namespace"] = server.namespace
-    runs = server.pages(server.client.runs.run_service_list_runs, "runs", sort_by="created_at desc", **where)
+    runs = server.pages(
+        server.client.runs.run_service_list_runs, "runs", size=min(count, 100), sort_by="created_at desc", **where
+    )
     return list(itertools.islice(runs, count))
 
 

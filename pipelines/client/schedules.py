@@ -14,7 +14,7 @@ MAX_CONCURRENCY = 10  # the server's own bound
 
 def schedules(server: Server, name: str | None = None) -> list[Any]:
     """The server's recurring runs, or those called `name`."""
-    arguments = {"filter": named(name)} if name else {}
+    arguments: dict[str, Any] = {"filter": named(name)} if name else {}
     if server.namespace:
         arguments["namespace"] = server.namespace
     listing = server.client.recurring_runs.recurring_run_service_list_recurring_runs

@@ -74,14 +74,23 @@ def tasks(run: Any, titles: Mapping[str, str]) -> list[Task]:
 
 
 def titles_of(spec: Any) -> dict[str, str]:
-    """What the pipeline calls its tasks, by the names of their nodes; `spec` as a run or a version holds it."""
+    """What the pipeline calls its tasks, by the names of their nodes; groups, as a loop or an exit handler, are none.
+
+    Args:
+        spec: the specification as a run or a version holds it, alone or with the platform's part.
+    """
     if isinstance(spec, dict):
         spec = spec.get("pipeline_spec", spec)
     if not isinstance(spec, dict) or "root" not in spec:
         return {}
-    graphs = [spec["root"].get("dag", {}), *(each.get("dag", {}) for each in spec.get("components", {}).values())]
-    tasks_of_all = [item for graph in graphs for item in graph.get("tasks", {}).items()]
-    return {node: task.get("taskInfo", {}).get("name") or node for node, task in tasks_of_all}
+    components = spec.get("components", {})
+    groups = {name: each["dag"] for name, each in components.items() if "dag" in each}
+    tasks_of_all = [item for graph in (spec["root"]["dag"], *groups.values()) for item in graph["tasks"].items()]
+    return {
+        node: task.get("taskInfo", {}).get("name") or node
+        for node, task in tasks_of_all
+        if task["componentRef"]["name"] not in groups
+    }
 
 
 def _is_driver(node: Any) -> bool:

@@ -58,7 +58,7 @@ def _pipeline_id(server: Server, pipeline: CompiledPipeline) -> str:
 
     def find() -> Any:
         listing = server.client.pipelines.pipeline_service_list_pipelines
-        arguments = {"namespace": server.namespace} if server.namespace else {}
+        arguments: dict[str, Any] = {"namespace": server.namespace} if server.namespace else {}
         return next(server.pages(listing, "pipelines", filter=named(pipeline.name), **arguments), None)
 
     wanted = kfp_server_api.V2beta1Pipeline(

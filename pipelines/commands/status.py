@@ -20,7 +20,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the tables."""
     from pipelines.client.connection import Server
     from pipelines.client.overview import of_run, of_server
+    from shellv_core.errors import ConfigError
 
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}; it must be 1 or more.")
     server = Server(settings.settings(options))
     print(of_run(server, options.run_id) if options.run_id else of_server(server, options.count))
     return 0

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from kfp.components import load_component_from_file
 
-from pipelines.client import compiled
+from components import images
+from components.images import ImageName, LockedImage
+from containers.lock import write_lock
+from pipelines.client import compiled, connection
 from pipelines.client.compiled import CompiledPipeline
 from pipelines.compile import compiled_yaml
 from tests.pipelines.kfp_api_server import KfpServer, Snapshot
@@ -85,7 +90,7 @@ def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
         "shellv",
         ROOT,
         "overrides=[finetune.hacl.weight=0.5]",
-        "k8s_num_accelerators=8",
+        "k8s_training_accelerators=8",
         *("--params", str(params), "--experiment", "hacl", "--run-name", "first try"),
         *("--service-account", "pipeline-runner", "--pipeline-root", "s3://bucket/kfp", "--mlflow-experiment", "vlm"),
     )
@@ -99,8 +104,7 @@ def test_submit_starts_a_run_of_the_pinned_version_with_all_that_was_asked_for(
             "preset": "smoke",
             "k8s_node_selector": {"pool": "a100"},
             "overrides": ["finetune.hacl.weight=0.5"],
-            "k8s_num_accelerators": "8",
-            "registered_model": "shellv-smoke",
+            "k8s_training_accelerators": "8",
         },
     }
     assert run["service_account"] == "pipeline-runner"
@@ -119,7 +123,7 @@ def test_values_may_stand_before_and_after_flags(
     kfp: KfpServer, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("submit", "shellv", ROOT, "--run-name", "a", "preset=smoke", "--no-cache", "overrides=[]").code == 0
-    assert set(only_run(kfp)["runtime_config"]["parameters"]) == {"root_uri", "preset", "overrides", "registered_model"}
+    assert set(only_run(kfp)["runtime_config"]["parameters"]) == {"root_uri", "preset", "overrides"}
     for wrong in ("--no-such-flag=1", "loose"):
         with pytest.raises(SystemExit, match="2"):
             command("submit", "shellv", ROOT, "--run-name", "a", wrong)
@@ -129,9 +133,42 @@ def test_values_may_stand_before_and_after_flags(
 def test_no_cache_runs_a_version_in_which_no_task_is_cached(kfp: KfpServer, command: Command) -> None:
     assert command("submit", "shellv", ROOT, "--no-cache").code == 0
     (version,) = kfp.versions.values()
-    spec = version["pipeline_spec"]["pipeline_spec"]
-    assert {str(task["cachingOptions"]) for task in spec["root"]["dag"]["tasks"].values()} == {"{}"}
-    assert spec["components"] == next(yaml.safe_load_all(pushed("shellv")))["components"]
+    ours, theirs = version["pipeline_spec"]["pipeline_spec"], next(yaml.safe_load_all(pushed("shellv")))
+    cached = [task.pop("cachingOptions") for task in tasks_of(theirs)]
+    assert [task.pop("cachingOptions") for task in tasks_of(ours)] == [{}] * len(cached)
+    assert {"enableCache": True} in cached
+    assert ours == theirs
+
+
+def tasks_of(spec: dict) -> list[dict]:
+    """The tasks of a pipeline, also those in groups."""
+    graphs = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    return [task for graph in graphs for task in graph["tasks"].values() if "cachingOptions" in task]
+
+
+def test_profiles_and_locked_images_are_versions_of_their_own(
+    kfp: KfpServer, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(images, "LOCK_PATH", tmp_path / "images.lock.yaml")
+    said = command("upload", "shellv", "--locked")
+    assert said.code == 2
+    assert "make images" in said.err
+    said = command("upload", "shellv", "--profile", "a100-8")
+    assert said.code == 2
+    assert "a100-8" in said.err
+    assert kfp.requests == []
+    digest = "sha256:" + "a" * 64
+    locked = {name: LockedImage(reference=f"registry/{name}:1", digest=digest) for name in get_args(ImageName)}
+    monkeypatch.setattr("containers.lock.LOCK_PATH", images.LOCK_PATH)
+    write_lock(locked)
+    for arguments in ([], ["--profile", "a100-80"], ["--profile", "a100-80", "--locked"]):
+        assert command("upload", "shellv", *arguments).code == 0
+    cpu, large, pinned = (version["pipeline_spec"] for version in kfp.versions.values())
+    assert cpu != large
+    executors = pinned["pipeline_spec"]["deploymentSpec"]["executors"].values()
+    used = {each["container"]["image"] for each in executors}
+    assert used == {f"registry/control@{digest}", f"registry/train@{digest}"}
+    assert pinned["platform_spec"] == large["platform_spec"]
 
 
 @pytest.mark.parametrize(
@@ -160,10 +197,12 @@ def test_wrong_parameters_are_told_before_any_request(
 
 def test_a_number_for_a_text_in_a_file_says_to_quote_it(kfp: KfpServer, command: Command, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text("root_uri: s3://b\nk8s_num_accelerators: 8\n")
+    params.write_text("root_uri: s3://b\nk8s_training_accelerators: 8\n")
     said = command("submit", "shellv", "--params", str(params))
     assert said.code == 2
-    assert "k8s_num_accelerators is 8; it must be text. Put it in quotes: k8s_num_accelerators: '8'." in said.err
+    assert (
+        "k8s_training_accelerators is 8; it must be text. Put it in quotes: k8s_training_accelerators: '8'." in said.err
+    )
     assert kfp.requests == []
 
 
@@ -195,6 +234,13 @@ def test_what_a_server_did_before_its_answer_was_lost_is_not_done_again(
     assert len(kfp.runs) == 2
 
 
+@pytest.mark.parametrize("path", ["/pipelines$", "/upload_version", "/experiments"])
+def test_what_somebody_else_created_in_the_meantime_is_taken(kfp: KfpServer, command: Command, path: str) -> None:
+    kfp.fail("POST", path, 409, after=True)
+    assert command("submit", "shellv", ROOT).code == 0
+    assert (len(kfp.pipelines), len(kfp.versions), len(kfp.experiments), len(kfp.runs)) == (1, 1, 1, 1)
+
+
 def test_a_server_that_goes_on_failing_ends_the_command(kfp: KfpServer, command: Command) -> None:
     kfp.fail("POST", "/runs$", 500, count=100)
     said = command("submit", "shellv", ROOT)
@@ -224,6 +270,26 @@ def test_no_server(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "http://127.0.0.1:9 does not answer (" in said.err
     assert "kubectl port-forward" in said.err
     assert said.err.count("\n") == 1
+
+
+def test_a_server_that_takes_requests_and_never_answers(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        said = command("submit", "shellv", ROOT, "--endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert said.code == 1
+    assert "does not answer (Read timed out. (read timeout=0.05))" in said.err
+
+
+def test_a_proxy_of_the_environment_is_used(kfp: KfpServer, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A proxy is asked for whole addresses; the stand-in answers for every host.
+    monkeypatch.setenv("http_proxy", kfp.url)
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    assert command("status", "--endpoint", "http://kubeflow.example/pipeline").code == 1
+    assert kfp.requests == [("GET", "/pipeline/apis/v2beta1/healthz")]
+    assert command("status", "--endpoint", "http://kubeflow.example").code == 0
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert command("status").code == 0
 
 
 def test_submit_and_wait_says_how_the_run_ended(kfp: KfpServer, command: Command) -> None:
