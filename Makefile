@@ -30,9 +30,10 @@ test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 podman:                ## install podman and what makes a base image where they are missing
-	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null || \
+	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null && \
+	command -v catatonit >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-	    podman runc netavark aardvark-dns iptables mmdebstrap; }
+	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap; }
 
 images: $(INSTALLED) podman ## build the container images; BASE_IMAGE=... for another base, PUSH=registry/... to push them
 	$(BIN)/python -m containers build $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(PUSH),--push $(PUSH))

@@ -41,7 +41,7 @@ def podman(*arguments: str, given: str | None = None) -> str:
 
 
 def champion(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> str:
-    """Commit a tiny model to the object store and register it as shellv@champion; gives its revision."""
+    """Commit a tiny model to the object store and register it as shellv-nano@champion; gives its revision."""
     from shellv_core.serving.reference import fetch_model
     from shellv_core.storage import Manifest as OutputManifest
     from shellv_core.storage import OutputDirectory
@@ -57,9 +57,9 @@ def champion(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[st
     output.put_tree(folder, "model")
     output.commit(OutputManifest(stage="merge_lora", fingerprint="f", library_version="0", config={}))
     client = open_client()
-    client.create_registered_model("shellv")
-    version = client.create_model_version("shellv", source="s3://shellv/runs/merge_lora")
-    client.set_registered_model_alias("shellv", "champion", version.version)
+    client.create_registered_model("shellv-nano")
+    version = client.create_model_version("shellv-nano", source="s3://shellv/runs/merge_lora")
+    client.set_registered_model_alias("shellv-nano", "champion", version.version)
     return fetch_model(str(folder)).revision
 
 
