@@ -35,7 +35,7 @@ def project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder below the test's own temporary folder."""
     folder = tmp_path / "project-folder"
     monkeypatch.setenv("SHELLV_HOME", str(folder))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
     return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,18 @@ def find_registered(reference: str) -> RegisteredSource:
     return RegisteredSource(name, str(version.version), str(version.source))
 
 
-def _committed(uri: str, name: str) -> ModelFiles:
+def registered_revision(source: RegisteredSource) -> str:
+    """The `ModelFiles.revision` of a registered version, without fetching its bytes.
+
+    Raises:
+        StorageError: if its output cannot be read.
+    """
+    with _opened(source.uri) as output:
+        return _revision(_entries(output))
+
+
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[InputDirectory]:
     uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
@@ -96,11 +108,17 @@ def _committed(uri: str, name: str) -> ModelFiles:
         except ObjectNotFoundError:
             # A registered version may name the model inside the output.
             output = InputDirectory(uri.removesuffix(f"/{MODEL_PREFIX}"))
+        yield output
+
+
+def _committed(uri: str, name: str) -> ModelFiles:
+    with _opened(uri) as output:
         path = output.fetch_tree(MODEL_PREFIX)
-    entries = [
-        (entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")
-    ]
-    return ModelFiles(path, name, _revision(entries))
+        return ModelFiles(path, name, _revision(_entries(output)))
+
+
+def _entries(output: InputDirectory) -> list[tuple[str, str]]:
+    return [(entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")]
 
 
 def _folder(path: Path) -> ModelFiles:

@@ -4,7 +4,8 @@ import sys
 import pytest
 
 from shellv_core.errors import TrackingError
-from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry
+from shellv_core.tracking import registry as module
+from shellv_core.tracking.registry import CANDIDATE, CHAMPION, EVALUATION_TAG, ModelRegistry, registered_models
 from shellv_core.tracking.runs import EXPERIMENT, open_client
 
 
@@ -31,6 +32,30 @@ def test_the_same_model_keeps_its_version(registry):
     assert (again.version, again.tags["note"]) == (first.version, "b")
     assert registry.register("s3://b/one", "f1", "other content", {}).version == "2"
     assert registry.register("s3://elsewhere/one", "f1", "c1", {}).version == "3"
+
+
+@pytest.mark.parametrize(("count", "page"), [(7, 3), pytest.param(210, 100, marks=pytest.mark.slow)])
+def test_every_page_is_read(registry, monkeypatch, count, page):
+    monkeypatch.setattr(module, "_PAGE", page)
+    for number in range(1, count + 1):
+        registry.register(f"s3://b/{number}", "f", f"c{number}", {})
+    assert [each.version for each in registry.versions()] == [str(number) for number in range(1, count + 1)]
+    assert registry.register("s3://b/1", "f", "c1", {}).version == "1"
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "naïve ☃ 50%", "a b.c-d_e", "`x`"])
+def test_odd_names(tracking_store, name):
+    registry = ModelRegistry(name)
+    version = registry.register("s3://b/it's", "f", "c", {})
+    registry.set_alias(CHAMPION, version.version)
+    assert registry.versions() == [version] == [registry.find(CHAMPION)]
+    assert registered_models() == [name]
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a:b"])
+def test_names_that_mlflow_refuses(tracking_store, name):
+    with pytest.raises(TrackingError, match="refused an action on the model"):
+        ModelRegistry(name).register("s3://b/1", "f", "c", {})
 
 
 def test_refusals_are_mapped(registry):
