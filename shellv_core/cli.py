@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve, key and chat.
-=======
 """The ``shellv`` program: a verb for each stage, and commands beside them.
->>>>>>> main
 
 Only the chosen verb's module is imported, so that help answers at once.
 """

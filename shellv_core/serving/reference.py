@@ -18,13 +18,19 @@ from shellv_core.errors import ObjectNotFoundError, ServingError
 from shellv_core.storage import InputDirectory, local_path, sha256_of
 from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
 
-MODEL_PREFIX = "model"
+MODEL_PREFIX, ADAPTER_PREFIX = "model", "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+class NotRegisteredError(ServingError):
+    """The registry holds no such version, or the alias names none; there may be one later."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and contents."""
+    """A model, or an adapter, on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and
+    contents."""
 
     path: Path
     name: str
@@ -59,11 +65,43 @@ def fetch_model(reference: str) -> ModelFiles:
     return _committed(reference, reference.rstrip("/").rpartition("/")[2])
 
 
+def fetch_adapter(reference: str) -> ModelFiles:
+    """Bring a LoRA adapter to this machine, verified.
+
+    Args:
+        reference: its directory, or the s3:// or file:// address of finetune's output.
+
+    Raises:
+        ServingError: if there is no adapter.
+        StorageError: if the output cannot be read.
+    """
+    folder = Path(reference) if "://" not in reference else local_path(reference)
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        return _hashed(folder.absolute())
+    if "://" not in reference:
+        raise ServingError(
+            f"{reference} is not an adapter's directory (it has no {ADAPTER_CONFIG}). Give one, or the s3:// or file://"
+            " address of finetune's output."
+        )
+    return _committed(reference, reference.rstrip("/").rpartition("/")[2], ADAPTER_PREFIX)
+
+
+def reference_name(reference: str) -> str:
+    """What a model is called that has no name of its own: the end of its reference, without an alias or version."""
+    match = REGISTERED.fullmatch(reference)
+    if match is not None:
+        return match["name"]
+    if "://" not in reference:
+        return _folder_name(Path(reference).absolute())
+    return reference.rstrip("/").rpartition("/")[2]
+
+
 def find_registered(reference: str) -> RegisteredSource:
     """The version that a ``models:/`` reference names.
 
     Raises:
-        ServingError: if the reference has another form, or there is no such version.
+        ServingError: if the reference has another form.
+        NotRegisteredError: if there is no such version.
         TrackingError: if the registry does not answer.
     """
     match = REGISTERED.fullmatch(reference)
@@ -81,7 +119,7 @@ def find_registered(reference: str) -> RegisteredSource:
         else:
             version = client.get_model_version(name, match["version"])
     except MlflowException as error:
-        raise ServingError(
+        raise NotRegisteredError(
             f"{reference} names no registered version ({str(error).splitlines()[0]}). Run promote first, or give a"
             " model directory."
         ) from None
@@ -111,14 +149,14 @@ def _opened(uri: str) -> Iterator[InputDirectory]:
         yield output
 
 
-def _committed(uri: str, name: str) -> ModelFiles:
+def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
     with _opened(uri) as output:
-        path = output.fetch_tree(MODEL_PREFIX)
-        return ModelFiles(path, name, _revision(_entries(output)))
+        path = output.fetch_tree(prefix)
+        return ModelFiles(path, name, _revision(_entries(output, prefix)))
 
 
-def _entries(output: InputDirectory) -> list[tuple[str, str]]:
-    return [(entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")]
+def _entries(output: InputDirectory, prefix: str = MODEL_PREFIX) -> list[tuple[str, str]]:
+    return [(entry.name.removeprefix(f"{prefix}/"), entry.sha256) for entry in output.files(f"{prefix}/")]
 
 
 def _folder(path: Path) -> ModelFiles:
@@ -128,9 +166,17 @@ def _folder(path: Path) -> ModelFiles:
             f"{path} is not a model directory (it has no config.json). Give a model directory, the s3:// or file://"
             " address of a merge_lora output, or models:/NAME@ALIAS."
         )
+    return _hashed(path)
+
+
+def _hashed(path: Path) -> ModelFiles:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     entries = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
-    return ModelFiles(path, path.parent.name if path.name == MODEL_PREFIX else path.name, _revision(entries))
+    return ModelFiles(path, _folder_name(path), _revision(entries))
+
+
+def _folder_name(path: Path) -> str:
+    return path.parent.name if path.name in (MODEL_PREFIX, ADAPTER_PREFIX) else path.name
 
 
 def _revision(entries: list[tuple[str, str]]) -> str:
