@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shellv_core.config import Config, build_config, nearest, read_yaml
 from shellv_core.models.config import Quantization
@@ -113,6 +113,15 @@ class ModelsFile(Config):
     """Between two looks at what aliases name."""
     api: ApiConfig = ApiConfig()
     """Limits of the HTTP layer; read at the start only."""
+
+    @field_validator("models", "routes", mode="before")
+    @classmethod
+    def _each_by_itself(cls, value: Any, info: ValidationInfo) -> Any:
+        """So that a fault names the entry's own keys."""
+        kind = ModelEntry if info.field_name == "models" else RouteEntry
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(build_config(kind, each) if isinstance(each, dict) else each for each in value)
 
     @model_validator(mode="after")
     def _names_are_clear(self) -> ModelsFile:

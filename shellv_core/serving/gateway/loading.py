@@ -101,7 +101,7 @@ def check_room(entry: ModelEntry, reference: str) -> None:
     free = min(free_memory(torch.device("cuda:0" if each == "auto" else each)) for each in devices)
     if needed > free:
         raise ServingError(
-            f"{entry.id}: the new revision needs about {needed / GIB:.1f} GiB beside the old one, and {free / GIB:.1f}"
+            f"the new revision needs about {needed / GIB:.1f} GiB beside the old one, and {free / GIB:.1f}"
             " GiB are free; the old one goes on. Set swap: stop_first to stop it before the new one is loaded, or free"
             " memory."
         )

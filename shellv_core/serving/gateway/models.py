@@ -44,6 +44,8 @@ class GatewayModels:
         for line in self._lines.values():
             line.await_look()
             if line.error is not None and not isinstance(line.error, WAITS):
+                for each in self._lines.values():
+                    each.close()
                 raise line.error
 
     def reload(self) -> None:

@@ -194,8 +194,10 @@ class ReplicatedEngine:
             self._failed += 1
             self._poked.set()  # so that what became of it is known soon
             raise
-        except (QueueFullError, QueueTimeoutError):
+        except QueueFullError:
             self._rejected += 1
+            replica.ready, replica.problem = False, "its queue is full"
+            self._poked.set()
             raise
         except (GeneratorExit, asyncio.CancelledError):
             self._cancelled += 1
