@@ -33,10 +33,9 @@ def preflight(
 
     from shellv_core.stages import preflight
     from shellv_core.stages.artifacts import write_text
-    from shellv_core.stages.task import run_id
 
     config = preflight.PreflightConfig(
         root_uri=root_uri, preset=preset, overrides=overrides, stages=stages, deploy_target=deploy_target
     )
     write_text(preflight.table(preflight.run(config)), report)
-    return run_id() * preflight.needs_judge(config)
+    return preflight.cache_salt(config)
