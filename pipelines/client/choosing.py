@@ -19,7 +19,9 @@ LOCAL_REGISTRY = "localhost/"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a pipeline."""
     parser.add_argument("pipeline", metavar="PIPELINE", help="shellv, shellv-data ...")
-    parser.add_argument("--profile", metavar="NAME", help="cluster profile, one of pipelines/profiles or a file (cpu)")
+    parser.add_argument(
+        "--profile", metavar="NAME", default="cpu", help="cluster profile, one of pipelines/profiles or a file (cpu)"
+    )
     parser.add_argument("--locked", action="store_true", help="images by the digests that `make images` wrote down")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever was computed before")
 
