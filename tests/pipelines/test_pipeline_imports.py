@@ -16,7 +16,14 @@ LIBRARY = {
     "pipelines/local.py": {"shellv_core.errors", "shellv_core.storage"},
     "pipelines/summary.py": {"shellv_core.storage"},
 }
-FILES = sorted(path for folder in ("components", "pipelines") for path in (REPOSITORY / folder).rglob("*.py"))
+#: What talks to a server is imported by its commands' actions, and no pipeline.
+CLIENT = REPOSITORY / "pipelines" / "client"
+FILES = sorted(
+    path
+    for folder in ("components", "pipelines")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if CLIENT not in path.parents
+)
 
 
 def module_scope_imports(path: Path) -> set[str]:
