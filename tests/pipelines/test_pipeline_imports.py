@@ -13,7 +13,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LIGHT = {"kfp", "components", "pipelines"}
 #: What all but the components themselves may import too.
 LIBRARY = {"pydantic", "shellv_core", "shellv_core.config", "shellv_core.errors", "shellv_core.storage"}
-FILES = sorted(path for folder in ("components", "pipelines") for path in (REPOSITORY / folder).rglob("*.py"))
+#: What talks to a server is imported by its commands' actions, and no pipeline.
+CLIENT = REPOSITORY / "pipelines" / "client"
+FILES = sorted(
+    path
+    for folder in ("components", "pipelines")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if CLIENT not in path.parents
+)
 HEAVY = ("torch", "transformers", "mlflow", "boto3", "kfp", "kubernetes", "pydantic")
 
 
