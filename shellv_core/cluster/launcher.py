@@ -15,7 +15,7 @@ from shellv_core.cluster.logs import FollowedLog
 from shellv_core.cluster.pods import explain, faults
 from shellv_core.cluster.train_job import DIGEST_ANNOTATION, NODE, RUN_LABEL, TRAIN_JOBS, pod_labels, run_label
 from shellv_core.errors import ClusterError, Preempted, TrainingError
-from shellv_core.logs import get_logger
+from shellv_core.logs import get_logger, last_words
 
 logger = get_logger(__name__)
 
@@ -49,10 +49,8 @@ def run_job(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
         reasons = "" if end["type"] == "Complete" else _reasons(cluster, name)
         cluster.delete(TRAIN_JOBS, name)
     if end["type"] != "Complete":
-        raise TrainingError(
-            f"the TrainJob {name} failed: {end.get('reason', '')}: {end.get('message', '')}"
-            f"{reasons}\nIts log ends:\n" + ("\n".join(log.tail) or "(no line came)")
-        )
+        why = ": ".join(filter(None, (end.get("reason"), end.get("message"))))
+        raise TrainingError(f"the TrainJob {name} failed ({why}){reasons}\nIts log: {last_words(list(log.tail))}")
     logger.info("TrainJob %s: complete", name)
 
 

@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 PAUSE_SECONDS = 2.0
 #: After the job's end: what is left of the log comes within this time, or not at all.
 DRAIN_SECONDS = 30.0
-TAIL_LINES = 15
+KEPT_LINES = 200
 
 
 class FollowedLog:
@@ -32,7 +32,7 @@ class FollowedLog:
 
     def __init__(self, cluster: Cluster, labels: str, container: str) -> None:
         self._cluster, self._labels, self._container = cluster, labels, container
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.tail: deque[str] = deque(maxlen=KEPT_LINES)
         self._finishing = threading.Event()
         self._read: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
