@@ -75,17 +75,6 @@ def test_the_runtime_is_what_the_job_counts_on():
     assert pods["terminationGracePeriodSeconds"] > train_job.SHUTDOWN_SECONDS
 
 
-def test_the_role_of_pipeline_tasks_is_what_the_code_asks_for():
-    rules = named(render("k8s/overlays/cpu"), "Role", "pipeline-runner")["rules"]
-    granted = {
-        (group, resource): frozenset(rule["verbs"])
-        for rule in rules
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-    }
-    assert granted == {(each.group, each.resource): each.verbs for each in PERMISSIONS}
-
-
 @pytest.mark.parametrize("overlay", ["cpu", "a100-80"])
 def test_the_deployments_of_an_overlay_are_rolled_out(api, controller, overlay):
     objects = render(f"k8s/overlays/{overlay}")

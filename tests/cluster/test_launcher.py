@@ -277,6 +277,17 @@ def test_the_jobs_of_a_run_are_deleted_and_no_others(api, cluster):
     assert delete_jobs(RUN) == []
 
 
+def test_a_log_that_may_not_be_read_is_said_once_and_the_job_goes_on(api, cluster, caplog):
+    api.forbidden.add(("get", "pods/log"))
+    api.put("pods", pod())
+    running = Running(cluster)
+    created(api)
+    until(lambda: "its log cannot be shown" in caplog.text)
+    api.set_status("trainjobs", NAME, **condition("Complete"))
+    running.end()
+    assert api.asked["", "pods/log", "get"] == 1
+
+
 def test_refusals_in_one_line(api, cluster, monkeypatch, tmp_path):
     api.forbidden.add(("create", "trainjobs"))
     with pytest.raises(
