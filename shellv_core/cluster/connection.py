@@ -176,6 +176,11 @@ class Cluster:
             except ApiException as error:
                 fault: ClusterError = refusal(self, method, path, error)
                 again = error.status in RETRIED_STATUSES
+                if not error.status:
+                    # What goes wrong with TLS comes in this shape.
+                    reason = " ".join(str(error.reason).split())
+                    fault = ClusterError(f"the Kubernetes API at {self.host} does not answer ({reason}).")
+                    again = "CERTIFICATE_VERIFY_FAILED" not in reason
             except (HTTPError, OSError) as error:
                 fault = ClusterError(f"the Kubernetes API at {self.host} does not answer ({_short(error)}).")
                 again = True
