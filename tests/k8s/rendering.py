@@ -23,6 +23,8 @@ ROOTS = [
     for path in sorted((K8S / folder).glob("*/kustomization.yaml"))
 ]
 OVERLAYS = [root for root in ROOTS if "/overlays/" in root]
+# Those with Deployments of our own.
+SERVERS = [root for root in OVERLAYS if root.rpartition("/")[2] not in ("kserve", "platform")]
 # What no overlay takes, each with the overlay `cpu`.
 OPTIONAL = [f"k8s/components/{name}" for name in ("gateway", "ingress", "queue-scaling")]
 Manifest = dict[str, Any]

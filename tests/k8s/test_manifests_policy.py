@@ -9,7 +9,7 @@ import pytest
 
 from shellv_core import __version__
 from tests.k8s.policies import POLICIES, SECRET_VALUE
-from tests.k8s.rendering import K8S, OPTIONAL, OVERLAYS, ROOTS, Manifest, named, of_kind, pods, render
+from tests.k8s.rendering import K8S, OPTIONAL, OVERLAYS, ROOTS, SERVERS, Manifest, named, of_kind, pods, render
 
 
 @pytest.mark.parametrize("root", [*ROOTS, *OPTIONAL])
@@ -158,7 +158,7 @@ def test_our_own_images_are_of_this_version(root: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if not each.endswith("kserve")])
+@pytest.mark.parametrize("root", SERVERS)
 def test_the_server_has_time_to_drain(root: str) -> None:
     from shellv_core.serving.server import DRAIN_SECONDS, FLUSH_SECONDS
 
@@ -210,7 +210,7 @@ def test_the_object_store_is_the_same_in_all_places(root: str) -> None:
     }
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if not each.endswith("dev")])
+@pytest.mark.parametrize("root", [each for each in (*SERVERS, "k8s/overlays/kserve") if not each.endswith("dev")])
 def test_a_drain_and_a_rollout_leave_a_replica(root: str) -> None:
     objects = render(root)
     if root.endswith("kserve"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.rendering import K8S, OPTIONAL, OVERLAYS, REPOSITORY, ROOTS, named, of_kind, pods, render
+from tests.k8s.rendering import K8S, OPTIONAL, REPOSITORY, ROOTS, SERVERS, named, of_kind, pods, render
 from tests.k8s.validation import InvalidError, validate
 
 
@@ -89,7 +89,7 @@ def test_kserve_serves_by_the_very_pod_of_the_deployment() -> None:
     assert {key: predictor[key] for key in deployed} == deployed
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if each.split("/")[-1] not in ("kserve", "rollouts")])
+@pytest.mark.parametrize("root", [each for each in SERVERS if not each.endswith("rollouts")])
 def test_the_tracks_differ_in_label_and_replicas_alone(root: str) -> None:
     objects = render(root)
     stable, canary = named(objects, "Deployment", "shellv-serve"), named(objects, "Deployment", "shellv-serve-canary")

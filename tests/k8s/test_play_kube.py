@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 import yaml
 
+from components.images import image
 from tests.k8s.rendering import Manifest, named, render
 from tests.k8s.stores import KEYS, free_ports, mlflow, object_store, services_at
 from tests.serving.tiny_model import build_model, build_processor, data_url, picture
 
-pytestmark = [pytest.mark.containers, pytest.mark.slow]
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 HOST = "host.containers.internal"
 
@@ -70,6 +71,7 @@ def playable(services: dict[str, str]) -> list[Manifest]:
     settings, places = named(objects, "ConfigMap", "shellv-serve"), named(objects, "ConfigMap", "shellv-services")
     places["data"] = services
     [container] = deployment["spec"]["template"]["spec"]["containers"]
+    container["image"] = image("serve")
     for port, free in zip(container["ports"], free_ports(len(container["ports"])), strict=True):
         port["hostPort"] = free
     container["args"] = [expanded(each, settings["data"]) for each in container["args"]]
