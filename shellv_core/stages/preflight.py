@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -85,12 +86,33 @@ def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
     return findings
 
 
-def cache_salt(config: PreflightConfig) -> str:
-    """What keeps a cached evaluation from standing in: the run's id with a judge, who may decide anew; else nothing."""
-    from shellv_core.stages.presets import stage_config
+class Settings(NamedTuple):
+    """What the tasks after this one get.
+
+    Attributes:
+        cache_salt: what keeps a cached evaluation from standing in: the run's id with a judge, who may decide anew.
+
+    The others are the overrides that concern a stage: a workflow engine that knows a task by its inputs then takes it
+    from its cache whatever else is overridden.
+    """
+
+    prepare_data: list[str]
+    pretrain_projector: list[str]
+    finetune: list[str]
+    merge_lora: list[str]
+    evaluate: list[str]
+    promote: list[str]
+    deploy: list[str]
+    cache_salt: str
+
+
+def settings(config: PreflightConfig) -> Settings:
+    """What the tasks of the run get."""
+    from shellv_core.stages.presets import overrides_of, stage_config
 
     judged = "evaluate" in config.stages and stage_config(config.preset, "evaluate", config.overrides).judge_uri
-    return run_id() if judged else ""
+    of_stages = {stage: overrides_of(stage, config.overrides) for stage in STAGE_NAMES}
+    return Settings(**of_stages, cache_salt=run_id() if judged else "")
 
 
 def table(findings: Iterable[Finding]) -> str:

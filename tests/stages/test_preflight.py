@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from shellv_core.errors import ConfigError, ShellVError
-from shellv_core.stages.preflight import PreflightConfig, cache_salt, run, table
+from shellv_core.stages import STAGE_NAMES
+from shellv_core.stages.preflight import PreflightConfig, run, settings, table
+from shellv_core.stages.presets import stage_config
 
 
 def config(root_uri: str, **values: object) -> PreflightConfig:
@@ -65,6 +67,17 @@ def test_a_wrong_password_is_a_fault(monkeypatch: pytest.MonkeyPatch, bucket_uri
 def test_only_an_evaluation_with_a_judge_is_never_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "run-7")
     judged = ["evaluate.judge_uri=https://judge.example/v1"]
-    assert cache_salt(config("s3://x")) == ""
-    assert cache_salt(config("s3://x", overrides=judged)) == "run-7"
-    assert cache_salt(config("s3://x", overrides=judged, stages=["prepare_data"])) == ""
+    assert settings(config("s3://x")).cache_salt == ""
+    assert settings(config("s3://x", overrides=judged)).cache_salt == "run-7"
+    assert settings(config("s3://x", overrides=judged, stages=["prepare_data"])).cache_salt == ""
+
+
+def test_each_stage_gets_the_overrides_that_concern_it() -> None:
+    overrides = ["finetune.hacl.weight=0.3", "seed=2", "evaluate.blind=false", "finetune.seed=3"]
+    found = settings(config("s3://x", overrides=overrides))
+    assert found.finetune == ["finetune.hacl.weight=0.3", "finetune.seed=2", "finetune.seed=3"]
+    assert found.evaluate == ["evaluate.seed=2", "evaluate.blind=false"]
+    assert found.deploy == ["deploy.seed=2"]
+    for stage in STAGE_NAMES:
+        alone = stage_config("smoke", stage, getattr(found, stage))
+        assert alone == stage_config("smoke", stage, overrides)
