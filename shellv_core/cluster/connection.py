@@ -194,8 +194,11 @@ class Cluster:
 
 def _connect() -> tuple[ApiClient, str]:
     """A client, and the namespace that its credentials come with."""
-    from kubernetes import config
-    from kubernetes.client import ApiClient, Configuration
+    try:
+        from kubernetes import config
+        from kubernetes.client import ApiClient, Configuration
+    except ImportError:
+        raise ClusterError("the package kubernetes is not installed here; install the extra 'cluster'.") from None
 
     settings = Configuration()
     try:

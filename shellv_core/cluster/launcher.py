@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from shellv_core.cluster.connection import PODS, ApiError, Cluster
@@ -72,7 +73,9 @@ def _create_or_take_over(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
             logger.info("TrainJob %s: created in namespace %s", name, cluster.namespace)
             return
         except ApiError as error:
-            if error.status != 409:
+            if error.status == HTTPStatus.NOT_FOUND:
+                raise ClusterError(f"{error} Is Kubeflow Trainer installed, and is there such a namespace?") from None
+            if error.status != HTTPStatus.CONFLICT:
                 raise
         found = cluster.get(TRAIN_JOBS, name)
         if found is None:

@@ -51,7 +51,7 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
             scheme, _, token = self.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or token != TOKEN:
                 raise Refusal(401, "Unauthorized", "Unauthorized")
-            if match is None or match["plural"] not in KNOWN:
+            if match is None or match["plural"] not in KNOWN - api.absent:
                 raise Refusal(404, "NotFound", "the server could not find the requested resource")
             plural, name, sub = match["plural"], match["name"], match["sub"]
             watch = query.get("watch") in ("true", "True")

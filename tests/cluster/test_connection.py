@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,9 @@ def test_an_authority_that_is_not_known(secure, tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match=r"does not answer .*certificate verify failed") as caught:
         Cluster().get(DEPLOYMENTS, "shellv-serve")
     assert "\n" not in str(caught.value)
+
+
+def test_an_environment_without_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ClusterError, match="install the extra 'cluster'"):
+        Cluster()

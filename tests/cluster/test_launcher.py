@@ -304,6 +304,12 @@ def test_refusals_in_one_line(api, cluster, monkeypatch, tmp_path):
         Cluster()
 
 
+def test_a_cluster_without_kubeflow_trainer(api, cluster):
+    api.absent.add("trainjobs")
+    with pytest.raises(ClusterError, match=r"could not find the requested resource.* Is Kubeflow Trainer installed"):
+        run_job(cluster, manifest())
+
+
 def test_a_name_that_the_api_refuses_is_told(api, cluster):
     with pytest.raises(ClusterError, match=r"\(422\): .*metadata.name"):
         run_job(cluster, manifest(name="Not_A_Name"))
