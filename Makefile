@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser clean
+.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser podman images sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -29,6 +29,18 @@ test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+podman:                ## install podman and what makes a base image where they are missing
+	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null && \
+	command -v catatonit >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap; }
+
+images: $(INSTALLED) podman ## build the container images; BASE_IMAGE=... for another base, PUSH=registry/... to push them
+	$(BIN)/python -m containers build $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(PUSH),--push $(PUSH))
+
+sbom: $(INSTALLED)     ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
+	$(BIN)/python -m containers sbom
+
 browser:               ## install Chromium where it is missing
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
@@ -38,6 +50,7 @@ check: $(INSTALLED)    ## ruff, mypy, import-linter and the compiled pipeline
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines compile --check
+	$(BIN)/python -m containers requirements --check
 
 format: $(INSTALLED)   ## format the code
 	$(BIN)/ruff format .

@@ -1,19 +1,22 @@
-"""``python -m pipelines compile [--check]`` and ``python -m pipelines run [key=value ...]``."""
+"""``python -m pipelines COMMAND``: compile the pipelines, run them here, and what else `pipelines.commands` lists."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
+from pipelines.commands import COMMANDS
 from shellv_core.errors import ConfigError, ShellVError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     try:
-        return _compile(options) if options.command == "compile" else _run(options)
+        return int(_module(options.command).run(options))
     except ShellVError as error:
         print(f"pipelines: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -22,39 +25,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments; name=value may stand after flags too, where argparse itself takes no more of them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    settings = getattr(options, "values", getattr(options, "overrides", None))
+    if rest and (settings is None or any(each.startswith("-") or "=" not in each for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if settings is not None:
+        settings.extend(rest)
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines", description="Compile the pipeline, or run it here.")
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description="Compile the pipelines, or run them.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    compiling = commands.add_parser("compile", help="write the YAML files that Kubeflow Pipelines takes")
-    compiling.add_argument("--check", action="store_true", help="only tell whether the committed files are current")
-    running = commands.add_parser("run", help="run the whole pipeline on this machine")
-    running.add_argument("--preset", default="nano", help="settings of all stages (nano)")
-    running.add_argument("--root-uri", metavar="URI", help="folder of all outputs, s3:// or file://")
-    running.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="single settings that differ")
+    for name in COMMANDS:
+        _module(name).add_parser(commands)
     return parser
 
 
-def _compile(options: argparse.Namespace) -> int:
-    from pipelines.compile import PIPELINES, compiled_path, is_current, write
-
-    if not options.check:
-        for name in PIPELINES:
-            print(write(name))
-        return 0
-    stale = [str(compiled_path(name)) for name in PIPELINES if not is_current(name)]
-    if stale:
-        raise ShellVError(f"{', '.join(stale)}: not what the source compiles to; run `python -m pipelines compile`.")
-    return 0
-
-
-def _run(options: argparse.Namespace) -> int:
-    from pipelines.local import run
-    from pipelines.summary import summary
-    from shellv_core.logs import setup_logging
-
-    setup_logging()
-    print(summary(run(options.preset, options.overrides, options.root_uri)))
-    return 0
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"pipelines.commands.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from shellv_core.logs import CONTINUATION
+
 TASK_STARTS = re.compile(r"^\S+ - INFO - Executing task \S*'([^']+)'")
 TASK_ENDS = re.compile(r"^\S+ - \w+ - Task \S*'([^']+)'\S* finished with status \S*?(SUCCESS|FAILURE)")
 STAGE_ERROR = re.compile(r"^shellv_core\.errors\.\w+: ")
@@ -41,6 +43,7 @@ class Console(io.TextIOBase):
         self._line = ""
         self._running: Task | None = None
         self._skipping_until: str | None = None
+        self._in_own_message = False
 
     def writable(self) -> bool:
         """Whether text can be written: yes."""
@@ -78,6 +81,8 @@ class Console(io.TextIOBase):
             self._take_task_line(self._running, line.removeprefix(INDENT))
 
     def _take_task_line(self, task: Task, line: str) -> None:
+        continued = self._in_own_message and line.startswith(CONTINUATION)
+        self._in_own_message = continued or OWN_LINE.match(line) is not None
         if self._skipping_until is not None:
             if line == self._skipping_until:
                 self._skipping_until = None
@@ -87,7 +92,7 @@ class Console(io.TextIOBase):
                 self._skipping_until = "}"
         elif task.traceback or line.startswith("Traceback (most recent call last)"):
             task.traceback.append(line)
-        elif OWN_LINE.match(line):
+        elif self._in_own_message:
             # Other libraries' bars and warnings are for the log file.
             self.show(INDENT + line)
 

@@ -23,6 +23,7 @@ from shellv_core.errors import ConfigError, ShellVError
 from shellv_core.storage import InputDirectory, Manifest, home
 
 DEFAULT_PRESET = "nano"
+RUN_VARIABLE = "KFP_RUN_ID"
 
 
 class TaskFailedError(ShellVError):
@@ -34,7 +35,7 @@ class LocalRun:
     """What a run on this machine made.
 
     Attributes:
-        outputs: URIs of the pipeline's outputs, by their names.
+        outputs: URI of each stage's output, by kfp's name of the task.
         results: evaluate's ``results.json``.
         promotion, deployment: what promote and deploy recorded.
         report_path: the report, as a local file.
@@ -63,35 +64,34 @@ def run(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), root_uri: s
     """
     from shellv_core.stages.presets import stage_config
 
-    registered_model = stage_config(preset, "promote", overrides).registered_model
-    references = home() / "kfp"
-    _refuse_python3([*overrides, registered_model, root_uri or "", str(home())])
-    arguments = {"preset": preset, "overrides": list(overrides), "registered_model": registered_model}
-    shutil.rmtree(references, ignore_errors=True)
-    with _object_store(root_uri) as root:
-        outputs, console = run_tasks("shellv", {"root_uri": root, **arguments}, references)
-        evaluation = InputDirectory(outputs["evaluation_uri"])
+    stage_config(preset, "prepare_data", overrides)
+    refuse_python3([*overrides, root_uri or "", str(home())])
+    # Where to deploy to is the settings' business here, and a cluster's elsewhere.
+    arguments = {"preset": preset, "overrides": list(overrides), "deploy_target": ""}
+    with object_store(root_uri) as root:
+        outputs, console = run_tasks(compiled_yaml("shellv"), {"root_uri": root, **arguments})
+        evaluation = InputDirectory(outputs["evaluate"])
         report_path = home() / "report.html"
         shutil.copyfile(evaluation.fetch("report.html"), report_path)
         return LocalRun(
             outputs=outputs,
             results=json.loads(evaluation.fetch("results.json").read_bytes()),
-            promotion=InputDirectory(outputs["promotion_uri"]).manifest,
-            deployment=InputDirectory(outputs["deployment_uri"]).manifest,
+            promotion=InputDirectory(outputs["promote"]).manifest,
+            deployment=InputDirectory(outputs["deploy"]).manifest,
             report_path=report_path,
             seconds={task.name: task.seconds for task in console.tasks},
         )
 
 
-def run_tasks(name: str, arguments: Mapping[str, Any], references: Path) -> tuple[dict[str, str], Console]:
-    """Run the compiled pipeline `name` and show its progress on standard output.
+def run_tasks(compiled: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Console]:
+    """Run a compiled pipeline and show its progress on standard output.
 
     Args:
-        arguments: the pipeline's parameters.
-        references: folder for the tasks' artifacts.
+        compiled: its YAML.
+        arguments: its parameters.
 
     Returns:
-        The pipeline's outputs, and its tasks.
+        What each task returned, by kfp's name of it, and the tasks.
 
     Raises:
         TaskFailedError: if a task fails.
@@ -101,17 +101,15 @@ def run_tasks(name: str, arguments: Mapping[str, Any], references: Path) -> tupl
     from kfp.local.config import LocalExecutionConfig
 
     # The second document, about placement, means nothing here.
-    document = next(yaml.safe_load_all(compiled_yaml(name)))
-    graphs = [document["root"]["dag"], *(each["dag"] for each in document["components"].values() if "dag" in each)]
-    tasks = [task for graph in graphs for task in graph["tasks"].values()]
-    for task in tasks:
-        task.pop("retryPolicy", None)
-    titles = {task["componentRef"]["name"].removeprefix("comp-"): task["taskInfo"]["name"] for task in tasks}
+    document = next(yaml.safe_load_all(compiled))
+    titles = _without_retries(document)
+    references = home() / "kfp"
+    shutil.rmtree(references, ignore_errors=True)
     log_path = home() / "logs" / "run.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         console = Console(sys.stdout, stack.enter_context(log_path.open("w", encoding="utf-8")), titles)
-        stack.enter_context(_temporary_folder())
+        stack.enter_context(_task_environment())
         stack.enter_context(warnings.catch_warnings())
         # kfp warns of every setting that only a cluster heeds, and of an image that is not used here.
         warnings.filterwarnings("ignore", module=r"kfp\.")
@@ -120,7 +118,8 @@ def run_tasks(name: str, arguments: Mapping[str, Any], references: Path) -> tupl
         stack.enter_context(contextlib.redirect_stdout(console))
         try:
             pipeline = components.load_component_from_text(yaml.safe_dump(document))
-            return dict(pipeline(**arguments).outputs), console
+            pipeline(**arguments)
+            return _returned(references), console
         except RuntimeError as error:
             failed = next((task for task in console.tasks if task.failure), None)
             if failed is None:
@@ -128,7 +127,35 @@ def run_tasks(name: str, arguments: Mapping[str, Any], references: Path) -> tupl
             raise TaskFailedError(f"{failed.name}: {failed.failure} (All output of the run: {log_path})") from error
 
 
-def _refuse_python3(values: Sequence[str]) -> None:
+def _without_retries(document: dict[str, Any]) -> dict[str, str]:
+    """Take out of a pipeline what only a cluster needs; returns what to call each task, by kfp's name of it."""
+    components = document["components"]
+    titles = {}
+    for graph in [document["root"]["dag"], *(each["dag"] for each in components.values() if "dag" in each)]:
+        for task in graph["tasks"].values():
+            task.pop("retryPolicy", None)
+            name = task["componentRef"]["name"]
+            if "executorLabel" in components[name]:
+                titles[name.removeprefix("comp-")] = task["taskInfo"]["name"]
+    for executor in document["deploymentSpec"]["executors"].values():
+        # No image runs here, so that none may be recorded.
+        environment = executor["container"]["env"]
+        environment[:] = [each for each in environment if each["name"] != "SHELLV_IMAGE"]
+    return titles
+
+
+def _returned(references: Path) -> dict[str, Any]:
+    """What each task returned: a pipeline with an exit handler has no outputs of its own."""
+    returned = {}
+    for path in references.glob("*/*/executor_output.json"):
+        values = json.loads(path.read_text(encoding="utf-8")).get("parameterValues", {})
+        if "Output" in values:
+            returned[path.parent.name] = values["Output"]
+    return returned
+
+
+def refuse_python3(values: Sequence[str]) -> None:
+    """Raise `ConfigError` if a value holds the text that `kfp.local` replaces."""
     for value in values:
         if "python3" in value:
             raise ConfigError(
@@ -138,7 +165,8 @@ def _refuse_python3(values: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _object_store(root_uri: str | None) -> Iterator[str]:
+def object_store(root_uri: str | None) -> Iterator[str]:
+    """The folder of all outputs, `root_uri` or the bucket of the S3 service, of which the embedded one is started."""
     from shellv_core.storage.seaweedfs import BUCKET, embedded_s3, external_s3_configured
 
     if external_s3_configured() or (root_uri and not root_uri.startswith("s3://")):
@@ -149,15 +177,17 @@ def _object_store(root_uri: str | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _temporary_folder() -> Iterator[None]:
-    """A TMPDIR for the tasks: kfp leaves a folder behind for each."""
-    previous = os.environ.get("TMPDIR")
+def _task_environment() -> Iterator[None]:
+    """A TMPDIR for the tasks, as kfp leaves a folder behind for each, and an id for the run."""
     with tempfile.TemporaryDirectory(prefix="shellv-") as folder:
-        os.environ["TMPDIR"] = folder
+        given = {"TMPDIR": folder, RUN_VARIABLE: f"local-{Path(folder).name.removeprefix('shellv-')}"}
+        previous = {name: os.environ.get(name) for name in given}
+        os.environ.update(given)
         try:
             yield
         finally:
-            if previous is None:
-                del os.environ["TMPDIR"]
-            else:
-                os.environ["TMPDIR"] = previous
+            for name, value in previous.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -1,4 +1,4 @@
-"""The ``shellv`` program: a verb for each stage, and data, model, estimate, score, compare, serve and chat.
+"""The ``shellv`` program: a verb for each stage, and commands beside them.
 
 Only the chosen verb's module is imported, so that help answers at once.
 """
@@ -34,9 +34,13 @@ COMMANDS = {
     "estimate": ("estimate the memory that training takes, and what fits", "shellv_core.stages.estimate_command"),
     "score": ("score anyone's answer file for a benchmark", "shellv_core.evaluation.score_command"),
     "compare": ("compare two models' evaluations, or two answer files", "shellv_core.stages.compare_command"),
+    "models": ("show registered models, and what a version was made from", "shellv_core.stages.models_command"),
+    "rollback": ("let the champion before be champion again", "shellv_core.stages.rollback_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
+#: Names the settings' own defaults in the place of a preset: for settings that are given whole.
+NO_PRESET = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,13 +97,23 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 def _add_stage_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     from shellv_core.stages.presets import PRESETS
 
-    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"start from: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--preset",
+        default="nano",
+        metavar="NAME",
+        help=f"start from: {', '.join(PRESETS)}, or {NO_PRESET}",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings that differ from the preset's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: training.max_steps=9")
-    module = importlib.import_module(f"shellv_core.stages.{stage}")
-    config_class = getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
     parser.description = STAGE_HELP[stage]
-    parser.epilog = "settings and their defaults before the preset:\n" + "\n".join(_describe_fields(config_class))
+    parser.epilog = "settings and their defaults before the preset:\n" + "\n".join(
+        _describe_fields(_config_class(stage))
+    )
+
+
+def _config_class(stage: str) -> Any:
+    module = importlib.import_module(f"shellv_core.stages.{stage}")
+    return getattr(module, "".join(part.capitalize() for part in stage.split("_")) + "Config")
 
 
 def _describe_fields(config_class: Any, prefix: str = "") -> Iterator[str]:
@@ -122,7 +136,8 @@ def _run_stage_verb(options: argparse.Namespace) -> int:
 
     first = launched().first
     setup_logging(logging.INFO if first else logging.WARNING)
-    config = stage_config(options.preset, options.verb)
+    none = options.preset == NO_PRESET
+    config = _config_class(options.verb)() if none else stage_config(options.preset, options.verb)
     if options.config:
         config = merge_values(config, read_yaml(Path(options.config)))
     config = apply_overrides(config, options.overrides)

@@ -16,7 +16,8 @@
     |- EvaluationError              questions or answers cannot be scored
     |- TrackingError                MLflow refused or does not answer
     |- PromotionError               a promotion cannot be decided
-    `- ServingError                 the endpoint cannot start or answer
+    |- ServingError                 the endpoint cannot start or answer
+    `- ClusterError                 the Kubernetes API refused or does not answer
 
 `Preempted` stands beside the tree: nothing is wrong, and the same command goes on.
 
@@ -92,6 +93,10 @@ class PromotionError(ShellVError):
 
 class ServingError(ShellVError):
     """The endpoint cannot start or answer."""
+
+
+class ClusterError(ShellVError):
+    """The Kubernetes API refused or does not answer."""
 
 
 class Preempted(SystemExit):

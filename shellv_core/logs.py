@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
+#: Before each further line of a message, as wide as the time before the first.
+CONTINUATION = " " * 9
+
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of module `name` (pass ``__name__``)."""
@@ -14,10 +17,15 @@ def get_logger(name: str) -> logging.Logger:
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the library's lines to standard error, with the time, and keep other libraries to warnings."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("shellv_core").setLevel(level)
     # It warns at import of an optional kernel that it would fetch from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\n", f"\n{CONTINUATION}")

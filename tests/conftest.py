@@ -21,12 +21,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project folder for what module fixtures make: theirs run before any test's own is set."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHELLV_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True)
 def project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder below the test's own temporary folder."""
     folder = tmp_path / "project-folder"
     monkeypatch.setenv("SHELLV_HOME", str(folder))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
     return folder
 

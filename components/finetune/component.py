@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import image
+from components.base import component
 
 
-@dsl.component(base_image=image("train"), install_kfp_package=False)
+@component("train")
 def finetune(
     data_uri: str,
     model_uri: str,
@@ -15,6 +15,8 @@ def finetune(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     task_overrides: list[str] = [],  # noqa: B006 - kfp reads the literal
+    nodes: int = 1,
+    pods: dict = {},  # noqa: B006 - kfp reads the literal
 ) -> str:
     """LoRA finetuning with the HACL objective.
 
@@ -25,18 +27,25 @@ def finetune(
         preset: Settings to start from.
         overrides: Single settings that differ, as STAGE.key=value.
         task_overrides: More of them, which win: what sets this task of a pipeline apart.
+        nodes: Machines that train together; above 1 in the pods of a TrainJob, while this task waits.
+        pods: What those pods get, as settings of LaunchConfig; see shellv_core/stages/launch.py.
 
     Returns:
         Output: URI of the adapter and the HACL heads.
+        adapter: Where the adapter lies, its hash, counts and lineage.
+        metrics: Losses and throughput.
     """
-    from shellv_core.logs import setup_logging
-    from shellv_core.stages import finetune
+    from shellv_core.stages.task import begin_task
+
+    begin_task()
+
     from shellv_core.stages.artifacts import write_metrics, write_reference
+    from shellv_core.stages.launch import launch_config, run_training
     from shellv_core.stages.presets import stage_config
 
-    setup_logging()
     uris = {"data_uri": data_uri, "model_uri": model_uri, "output_uri": f"{root_uri}/finetune/{{fingerprint}}"}
-    result = finetune.run(stage_config(preset, "finetune", [*overrides, *task_overrides], **uris))
+    config = stage_config(preset, "finetune", [*overrides, *task_overrides], **uris)
+    result = run_training("finetune", config, launch_config(nodes, pods))
     write_reference(result, adapter)
     write_metrics(result, metrics)
     return result.output_uri

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import image
+from components.base import component
 
 
-@dsl.component(base_image=image("train"), install_kfp_package=False)
+@component("train")
 def merge_lora(
     adapter_uri: str,
     root_uri: str,
@@ -23,13 +23,16 @@ def merge_lora(
 
     Returns:
         Output: URI of the merged model directory.
+        model: Where the model lies, its hash, counts and lineage.
     """
-    from shellv_core.logs import setup_logging
+    from shellv_core.stages.task import begin_task
+
+    begin_task()
+
     from shellv_core.stages import merge_lora
     from shellv_core.stages.artifacts import write_reference
     from shellv_core.stages.presets import stage_config
 
-    setup_logging()
     uris = {"adapter_uri": adapter_uri, "output_uri": f"{root_uri}/merge_lora/{{fingerprint}}"}
     result = merge_lora.run(stage_config(preset, "merge_lora", overrides, **uris))
     write_reference(result, model)

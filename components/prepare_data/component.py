@@ -1,11 +1,11 @@
-"""Image-text data as verified WebDataset shards: in one task, or planned by one and written by many."""
+"""Image-text data as verified WebDataset shards, in one task or joined from what write_data wrote."""
 
 from kfp import dsl
 
-from components.images import image
+from components.base import component
 
 
-@dsl.component(base_image=image("control"), install_kfp_package=False)
+@component("control")
 def prepare_data(
     root_uri: str,
     preset: str,
@@ -24,59 +24,19 @@ def prepare_data(
 
     Returns:
         Output: URI of the shards, benchmarks and manifest.
+        dataset: Where the data set lies, its hash, counts and lineage.
+        metrics: Counts.
     """
-    from shellv_core.logs import setup_logging
+    from shellv_core.stages.task import begin_task
+
+    begin_task()
+
     from shellv_core.stages import prepare_data
     from shellv_core.stages.artifacts import write_metrics, write_reference
     from shellv_core.stages.presets import stage_config
 
-    setup_logging()
     values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}", "content_stamp": "".join(written[:1])}
     result = prepare_data.run(stage_config(preset, "prepare_data", overrides, **values))
     write_reference(result, dataset)
     write_metrics(result, metrics)
     return result.output_uri
-
-
-@dsl.component(base_image=image("control"), install_kfp_package=False)
-def plan_data(root_uri: str, preset: str, overrides: list[str], num_ranges: int) -> list:
-    """Pass over the sources once and cut the work of writing shards into ranges.
-
-    Args:
-        root_uri: Folder below which the output goes, s3:// or file://.
-        preset: Settings to start from.
-        overrides: Single settings that differ, as STAGE.key=value.
-        num_ranges: Tasks that will write, at most.
-
-    Returns:
-        Output: One string for each writing task; none where the output is there already.
-    """
-    from shellv_core.logs import setup_logging
-    from shellv_core.stages import prepare_data
-    from shellv_core.stages.presets import stage_config
-
-    setup_logging()
-    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}"}
-    return prepare_data.plan(stage_config(preset, "prepare_data", overrides, **values), num_ranges).ranges
-
-
-@dsl.component(base_image=image("control"), install_kfp_package=False)
-def write_data(root_uri: str, preset: str, overrides: list[str], units: str) -> str:
-    """Write the shards of one range of units.
-
-    Args:
-        root_uri: Folder below which the output goes, s3:// or file://.
-        preset: Settings to start from.
-        overrides: Single settings that differ, as STAGE.key=value.
-        units: One of the ranges that plan_data returned.
-
-    Returns:
-        Output: The content stamp that the range was planned with.
-    """
-    from shellv_core.logs import setup_logging
-    from shellv_core.stages import prepare_data
-    from shellv_core.stages.presets import stage_config
-
-    setup_logging()
-    values = {"output_uri": f"{root_uri}/prepare_data/{{fingerprint}}"}
-    return prepare_data.write(stage_config(preset, "prepare_data", overrides, **values), units)

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from shellv_core.errors import ServingError
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 # First bytes of each kind of picture that the endpoint reads.
@@ -95,13 +97,20 @@ class EndpointClient:
         url: the server's address, or that of its API (``https://HOST/v1``), which anything behind the host stands for.
         api_key: sent as a bearer token; empty for none. It shows in no message.
         timeout_seconds: the longest silence within an answer.
+        tls: certificates for ``https``; None for those of this machine.
     """
 
-    def __init__(self, url: str, api_key: str = "", timeout_seconds: float = READ_TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str = "",
+        timeout_seconds: float = READ_TIMEOUT_SECONDS,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         url = url.rstrip("/")
         self.api_url = url if urlsplit(url).path else f"{url}/v1"
         self.url = self.api_url.removesuffix("/v1")
-        self._api_key, self._timeout_seconds = api_key, timeout_seconds
+        self._api_key, self._timeout_seconds, self._tls = api_key, timeout_seconds, tls
         self._opened: httpx.AsyncClient | None = None
 
     async def open(self) -> None:
@@ -204,6 +213,7 @@ class EndpointClient:
         host = urlsplit(self.url).hostname or ""
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            verify=self._tls or True,
             timeout=httpx.Timeout(self._timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS),
             # Who asks bounds how many requests are under way.
             limits=httpx.Limits(max_connections=None),

@@ -11,7 +11,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -20,11 +19,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from shellv_core import __version__
 from shellv_core.config import Config, nearest
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.serving.engine import (
-    Engine,
     EngineStoppedError,
     GenerationError,
     QueueFullError,
@@ -32,6 +31,7 @@ from shellv_core.serving.engine import (
     TokenEvent,
 )
 from shellv_core.serving.middleware import BodyLimit, InFlight, RequestTrace
+from shellv_core.serving.models import ModelNotFoundError, Models, ServedModel
 from shellv_core.serving.schema import (
     AnswerMessage,
     ChatCompletion,
@@ -68,54 +68,36 @@ class ApiConfig(Config):
     request: RequestLimits = RequestLimits()
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """`name`: the alias that clients use; `revision`: SHA-256 of the very files that are served."""
-
-    name: str
-    revision: str
-
-
 class ClientGoneError(Exception):
     """The client closed the connection; nobody reads the answer."""
 
 
-def create_app(engine: Engine, model: ServedModel, config: ApiConfig | None = None) -> FastAPI:
-    """The application that answers for `model` with `engine`.
+def create_app(models: Models, config: ApiConfig | None = None) -> FastAPI:
+    """The application that answers for `models`.
 
     Its ``state.in_flight`` counts the API requests that are being answered.
     """
     config = config or ApiConfig()
     # The interactive documentation would load scripts from a public network.
-    app = FastAPI(title="Shell-V", version=model.revision[:12], docs_url=None, redoc_url=None)
+    app = FastAPI(title="Shell-V", version=__version__, docs_url=None, redoc_url=None)
     _add_error_handlers(app)
-    _add_routes(app, engine, model, config)
+    _add_routes(app, models, config)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_seconds=config.body_timeout_seconds)
     app.state.in_flight = InFlight()
     app.add_middleware(RequestTrace, api_prefix=API_PREFIX, in_flight=app.state.in_flight)
     return app
 
 
-def _add_routes(app: FastAPI, engine: Engine, model: ServedModel, config: ApiConfig) -> None:
-    started = int(time.time())
+def _add_routes(app: FastAPI, models: Models, config: ApiConfig) -> None:
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
-    headers = {"x-model-revision": model.revision}
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=errors)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation; with ``stream`` as server-sent events that end with ``[DONE]``."""
-        if body.model is not None and body.model != model.name:
-            return JSONResponse(
-                error_body(
-                    f"the model {body.model!r} is not served here; {nearest(body.model, [model.name])}",
-                    "invalid_request_error",
-                    "model",
-                    "model_not_found",
-                ),
-                404,
-            )
+        model = models.find(body.model)
+        headers = {"x-model-revision": model.revision}
         answer = _Answer(model, time.monotonic() + config.request_timeout_seconds)
-        events = await _unless_disconnected(request, answer.begin(engine, body, config.request))
+        events = await _unless_disconnected(request, answer.begin(body, config.request))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return _EventStream(events, answer.stream(events, include_usage), headers)
@@ -126,19 +108,28 @@ def _add_routes(app: FastAPI, engine: Engine, model: ServedModel, config: ApiCon
     @app.get("/v1/models")
     async def list_models() -> ModelList:
         """The models that are served."""
-        card = ModelCard(id=model.name, created=started, revision=model.revision, context_length=engine.context_length)
-        return ModelList(data=[card])
+        cards = [
+            ModelCard(
+                id=model.name,
+                created=model.created,
+                parent=model.parent,
+                revision=model.revision,
+                context_length=model.engine.context_length,
+            )
+            for model in models.list()
+        ]
+        return ModelList(data=cards)
 
     @app.get("/healthz", responses={503: {"model": ErrorResponse}})
     async def check_health() -> Response:
         """Whether the process should go on living."""
-        health = engine.health()
+        health = models.health()
         return _health(health.alive, health.reason)
 
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def check_readiness() -> Response:
         """Whether requests should be sent here now."""
-        health = engine.health()
+        health = models.health()
         return _health(health.alive and health.ready, health.reason)
 
 
@@ -156,10 +147,10 @@ class _Answer:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    async def begin(self, engine: Engine, body: ChatRequest, limits: RequestLimits) -> Events:
+    async def begin(self, body: ChatRequest, limits: RequestLimits) -> Events:
         """The engine's events, once it has accepted the request, so that a refusal still has an HTTP status."""
         request = await asyncio.to_thread(to_generation_request, body, limits)
-        events = engine.generate(request)
+        events = self._model.engine.generate(request)
         await self._next(events)
         return events
 
@@ -294,7 +285,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _describe(error: ServingError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """HTTP status, body and headers."""
     if isinstance(error, RequestError):
-        return 400, error_body(str(error), "invalid_request_error", error.param, error.code), {}
+        status = 404 if isinstance(error, ModelNotFoundError) else 400
+        return status, error_body(str(error), "invalid_request_error", error.param, error.code), {}
     if isinstance(error, QueueFullError):
         headers = {"retry-after": str(error.retry_after_seconds)}
         return 429, error_body(str(error), "rate_limit_error", code="queue_full"), headers

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,18 @@ def find_registered(reference: str) -> RegisteredSource:
     return RegisteredSource(name, str(version.version), str(version.source))
 
 
-def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
+def registered_revision(source: RegisteredSource) -> str:
+    """The `ModelFiles.revision` of a registered version, without fetching its bytes.
+
+    Raises:
+        StorageError: if its output cannot be read.
+    """
+    with _opened(source.uri, MODEL_PREFIX) as output:
+        return _revision(_entries(output, MODEL_PREFIX))
+
+
+@contextlib.contextmanager
+def _opened(uri: str, prefix: str) -> Iterator[InputDirectory]:
     uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
@@ -119,13 +131,20 @@ def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
         except ObjectNotFoundError:
             # A registered version may name the model inside the output.
             output = InputDirectory(uri.removesuffix(f"/{prefix}"))
-        files = output.files(f"{prefix}/")
-        if not files:
+        yield output
+
+
+def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
+    with _opened(uri, prefix) as output:
+        entries = _entries(output, prefix)
+        if not entries:
             made = "merge_lora or pretrain_projector" if prefix == MODEL_PREFIX else "finetune with LoRA"
             raise ServingError(f"{uri} holds no {prefix}/; give an output of {made}.")
-        path = output.fetch_tree(prefix)
-    entries = [(entry.name.removeprefix(f"{prefix}/"), entry.sha256) for entry in files]
-    return ModelFiles(path, name, _revision(entries))
+        return ModelFiles(output.fetch_tree(prefix), name, _revision(entries))
+
+
+def _entries(output: InputDirectory, prefix: str) -> list[tuple[str, str]]:
+    return [(entry.name.removeprefix(f"{prefix}/"), entry.sha256) for entry in output.files(f"{prefix}/")]
 
 
 def _folder(path: Path) -> ModelFiles:

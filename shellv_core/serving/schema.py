@@ -170,12 +170,13 @@ class ChatCompletionChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A served model: `id` is an alias, `revision` the SHA-256 that names its very weights."""
+    """A served model: `id` is an alias, `revision` the SHA-256 of its very weights, `parent` an adapter's base."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "shellv"
+    parent: str | None = None
     revision: str
     context_length: int
 

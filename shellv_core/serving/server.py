@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Literal
 
 import uvicorn
 
-from shellv_core.config import Config
+from shellv_core.config import Config, fingerprint
 from shellv_core.endpoint.client import endpoint_url
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.models.config import Quantization
-from shellv_core.serving.api import ApiConfig, ServedModel, create_app
-from shellv_core.serving.engine import Engine
+from shellv_core.serving.api import ApiConfig, create_app
+from shellv_core.serving.models import FixedModels, Models, ServedModel
 from shellv_core.serving.reference import fetch_adapter, fetch_model
 from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
 
@@ -127,8 +127,13 @@ def _server(config: ServeConfig, listener: socket.socket) -> Server:
 
     model, processor, adapter_set = load_served(files.path, config.device, config.dtype, config.quantization, adapters)
     engine = TransformersEngine(model, processor, config.engine, adapter_set)
-    served = ServedModel(config.name or files.name, files.revision)
-    app = create_app(engine, served, config.api)
+    served = ServedModel(engine, config.name or files.name, files.revision)
+    adapted = [
+        ServedModel(engine, name, fingerprint([files.revision, each.revision]), served.name, name)
+        for name, each in adapters.items()
+    ]
+    models = FixedModels(served, *adapted)
+    app = create_app(models, config.api)
     url = _url(listener)
     if config.ui:
         from shellv_core.serving.ui import mount_ui
@@ -136,13 +141,13 @@ def _server(config: ServeConfig, listener: socket.socket) -> Server:
         mount_ui(app, url, served.name)
     page = f", chat page {url}/ui" if config.ui else ""
     logger.info("serving %s (revision %s) at %s/v1%s", served.name, served.revision[:12], url, page)
-    return Server(app, engine)
+    return Server(app, models)
 
 
 class Server(uvicorn.Server):
     """uvicorn that waits for running answers, and for nothing else, when it is told to stop."""
 
-    def __init__(self, app: FastAPI, engine: Engine) -> None:
+    def __init__(self, app: FastAPI, models: Models) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -153,7 +158,7 @@ class Server(uvicorn.Server):
                 limit_concurrency=512,
             )
         )
-        self._engine, self._in_flight = engine, app.state.in_flight
+        self._models, self._in_flight = models, app.state.in_flight
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop at the first signal, end at the second, whichever they are."""
@@ -170,7 +175,7 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
     async def _drain(self) -> None:
-        drain = asyncio.create_task(self._engine.drain(DRAIN_SECONDS))
+        drain = asyncio.create_task(self._models.drain(DRAIN_SECONDS))
         while not drain.done() and not self.force_exit:
             await asyncio.sleep(POLL_SECONDS)
         with contextlib.suppress(TimeoutError):

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from shellv_core.stages.runner import StageResult
 from shellv_core.storage import InputDirectory
 
+#: Of the JSON that `write_reference` writes; another number means other keys.
+REFERENCE_SCHEMA = 1
+
 
 class Artifact(Protocol):
     """The part of an output artifact that is used here."""
@@ -23,16 +26,34 @@ class Artifact(Protocol):
 
 
 def write_reference(result: StageResult, artifact: Artifact) -> None:
-    """Write where the output lies and what it is (JSON) to the artifact, and the same as its metadata."""
-    reference = {"stage": result.stage, "output_uri": result.output_uri, "fingerprint": result.fingerprint}
+    """Write where the output lies, what it holds and what it was made from (JSON) to the artifact.
+
+    What fits a line is its metadata too. The hashes of single files stay in the output's own manifest.
+
+    Raises:
+        ObjectNotFoundError: if nothing was committed at the output's address.
+    """
+    output = InputDirectory(result.output_uri)
+    manifest = output.manifest
+    reference = {
+        "stage": result.stage,
+        "output_uri": result.output_uri,
+        "fingerprint": result.fingerprint,
+        "content_sha256": output.content_sha256,
+        "library_version": manifest.library_version,
+        "num_files": len(manifest.files),
+        "num_bytes": sum(entry.bytes for entry in manifest.files),
+    }
     artifact.metadata.update(reference)
-    _write_json(Path(artifact.path), {**reference, "metrics": result.metrics, "details": result.details})
+    lineage = {"inputs": {name: each.model_dump() for name, each in manifest.inputs.items()}}
+    more = {"versions": manifest.versions, "metrics": result.metrics, "details": result.details}
+    _write_json(artifact, {"schema": REFERENCE_SCHEMA, **reference, **lineage, **more})
 
 
 def write_metrics(result: StageResult, artifact: Artifact) -> None:
     """Show the metrics as the artifact's metadata, and write them (JSON) to its file, without which no cache hits."""
     artifact.metadata.update(result.metrics)
-    _write_json(Path(artifact.path), result.metrics)
+    _write_json(artifact, result.metrics)
 
 
 def write_file(result: StageResult, name: str, artifact: Artifact) -> None:
@@ -44,6 +65,13 @@ def write_file(result: StageResult, name: str, artifact: Artifact) -> None:
     path = Path(artifact.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(InputDirectory(result.output_uri).fetch(name), path)
+
+
+def write_text(text: str, artifact: Artifact) -> None:
+    """Write text (UTF-8) to the artifact."""
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 class ConfusionArtifact(Artifact, Protocol):
@@ -70,9 +98,8 @@ def write_confusion(result: StageResult, artifact: ConfusionArtifact) -> None:
         matrix = [list(counts[1].get(right, dict.fromkeys(categories, 0)).values()) for right in categories]
         artifact.log_confusion_matrix(categories, matrix)
         artifact.metadata["benchmark"] = counts[0]
-    _write_json(Path(artifact.path), confusion)
+    _write_json(artifact, confusion)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def _write_json(artifact: Artifact, content: dict[str, Any]) -> None:
+    write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", artifact)

@@ -146,7 +146,7 @@ def _pictures_of_data(evaluation: Any, evidence: Evidence) -> Mapping[str, bytes
     """The pictures of the data that was evaluated, none where they are gone."""
     from shellv_core.errors import StorageError
     from shellv_core.logs import get_logger
-    from shellv_core.stages.evaluate import read_images
+    from shellv_core.stages.evaluate_asking import read_images
     from shellv_core.storage import InputDirectory
 
     data = evaluation.manifest.inputs.get("data")

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from shellv_core.config import Config
 from shellv_core.errors import ConfigError
+from shellv_core.stages.deployers import DEPLOYERS, Champion
 from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from shellv_core.endpoint.client import EndpointClient
 
 REQUEST_NAME = "request.json"
 
 
+class GoldenQuestion(Config):
+    """A question about the same picture whose answer is known: it must contain `expected`, in whatever case."""
+
+    question: str = Field(min_length=1)
+    expected: str = Field(min_length=1)
+
+
 class DeployConfig(StageConfig):
-    """Settings of deploy."""
+    """Settings of deploy.
+
+    Attributes:
+        target: local (a child process), service (a server elsewhere that follows the alias, at `url`), or kubernetes
+            (a canary Deployment, and the stable one if its answers are good).
+        golden: further questions; at least `golden_share` of them must be answered as expected.
+    """
 
     data_uri: str = ""  # output of prepare_data, whose first validation picture is asked about
     image_uri: str | None = None  # a picture to ask about instead; data_uri is then not needed
@@ -27,31 +39,17 @@ class DeployConfig(StageConfig):
     registered_model: str = Field(default="shellv", pattern=r"^[A-Za-z0-9._-]+$")
     alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9._-]+$")
     target: str = "local"
+    url: str | None = None  # of target=service
+    namespace: str = ""  # of target=kubernetes; empty takes the pod's own, or the kubeconfig context's
+    deployment: str = "shellv-serve"  # of target=kubernetes; the canary's name ends in -canary
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)  # 0 takes a free one
     question: str = Field(default="What is in this picture?", min_length=1)
     max_answer_tokens: int = Field(default=64, ge=1)
+    golden: tuple[GoldenQuestion, ...] = ()
+    golden_share: float = Field(default=1.0, ge=0, le=1)
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     keep_running: bool = False
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A rolled-out model: where it answers, and facts about how it runs, for the record."""
-
-    url: str
-    details: dict[str, Any]
-
-
-class Deployer(Protocol):
-    """A way to roll a model out."""
-
-    def __call__(self, config: DeployConfig, model: str) -> AbstractContextManager[Deployment]:
-        """Roll out `model`, a registry reference, and wait until it is ready.
-
-        An error raised inside the context (a wrong answer) takes the deployment back.
-        """
-        ...
 
 
 def run(config: DeployConfig) -> StageResult:
@@ -67,10 +65,9 @@ def run(config: DeployConfig) -> StageResult:
         ServingError: if there is no such version, the server does not start, or its answer is empty.
     """
     if config.target not in DEPLOYERS:
-        raise ConfigError(
-            f"target={config.target!r} is not a place to deploy to; allowed: {', '.join(DEPLOYERS)}."
-            " Manifests for a cluster are not part of this version."
-        )
+        raise ConfigError(f"target={config.target!r} is not a place to deploy to; allowed: {', '.join(DEPLOYERS)}.")
+    if config.target == "service" and not config.url:
+        raise ConfigError("target=service needs url=http://HOST:PORT, the address of a server that follows the alias.")
     inputs = {"data": None if config.image_uri else config.data_uri, "promotion": config.promotion_uri}
     return run_stage("deploy", config, _body, inputs=inputs, code=("serving",), reuse=lambda committed: False)
 
@@ -80,45 +77,89 @@ def _body(run: StageRun[DeployConfig]) -> None:
     import json
     import time
 
-    from shellv_core.endpoint.client import EndpointClient, user_message
     from shellv_core.errors import ServingError
     from shellv_core.logs import get_logger
-    from shellv_core.serving.reference import find_registered
+    from shellv_core.serving.reference import find_registered, registered_revision
 
     config, logger = run.config, get_logger(__name__)
     reference = f"models:/{config.registered_model}@{config.alias}"
     registered = find_registered(reference)
-    request: dict[str, Any] = {
-        "messages": [user_message(config.question, _read_picture(run))],
-        "max_tokens": config.max_answer_tokens,
-        "temperature": 0,
-    }
+    champion = Champion(
+        alias=reference,
+        pinned=f"models:/{registered.name}/{registered.version}",
+        version=registered.version,
+        revision=registered_revision(registered),
+    )
+    picture = _read_picture(run)
+    request = _request(config, config.question, picture)
     body = json.dumps(request).encode()
     run.output.put_bytes(body, REQUEST_NAME)
     started = time.monotonic()
-    with DEPLOYERS[config.target](config, reference) as deployment:
+    with DEPLOYERS[config.target](config, champion) as deployment:
         ready = time.monotonic()
-        client = EndpointClient(deployment.url)
+        client = deployment.client
         served = asyncio.run(client.model())
+        if served.get("revision") != champion.revision:
+            raise ServingError(
+                f"{client.url} serves revision {str(served.get('revision'))[:12]}, but {reference} is version"
+                f" {champion.version}, revision {champion.revision[:12]}; is the server one of another model?"
+            )
         answer = asyncio.run(client.answer(**request)).strip()
         if not answer:
             raise ServingError(
                 f"{reference} (version {registered.version}) answers {config.question!r} with nothing; the model is"
                 " not fit to serve. Look at its evaluation, or move the alias back to an earlier version."
             )
-        run.metrics.update(startup_seconds=ready - started, answer_seconds=time.monotonic() - ready)
-        run.details.update(
-            model=reference,
-            version=registered.version,
-            revision=served["revision"],
-            target=config.target,
-            url=deployment.url,
-            question=config.question,
-            answer=answer,
+        answered = time.monotonic()
+        if config.golden:
+            run.metrics["golden_share"] = _ask_golden(config, client, picture)
+    run.metrics.update(
+        startup_seconds=ready - started, answer_seconds=answered - ready, total_seconds=time.monotonic() - started
+    )
+    run.details.update(
+        {
+            "model": reference,
+            "version": registered.version,
+            "revision": champion.revision,
+            "target": config.target,
+            "url": client.url,
+            "question": config.question,
+            "answer": answer,
             **deployment.details,
-            **_ways_to_ask(config, deployment.url, reference, body),
-        )
+        }
+    )
+    run.details.update(_ways_to_ask(config, run.details["url"], reference, body))
     logger.info("deploy: %s version %s answered %r with %r", reference, registered.version, config.question, answer)
+
+
+def _request(config: DeployConfig, question: str, picture: bytes) -> dict[str, Any]:
+    from shellv_core.endpoint.client import user_message
+
+    return {
+        "messages": [user_message(question, picture)],
+        "max_tokens": config.max_answer_tokens,
+        "temperature": 0,
+    }
+
+
+def _ask_golden(config: DeployConfig, client: EndpointClient, picture: bytes) -> float:
+    """The share of the golden questions that are answered as expected."""
+    import asyncio
+
+    from shellv_core.errors import ServingError
+
+    wrong = []
+    for golden in config.golden:
+        answer = asyncio.run(client.answer(**_request(config, golden.question, picture)))
+        if golden.expected.lower() not in answer.lower():
+            wrong.append(f"{golden.question!r} with {answer.strip()!r}, expected {golden.expected!r}")
+    share = 1 - len(wrong) / len(config.golden)
+    if share < config.golden_share:
+        raise ServingError(
+            f"{share:.0%} of the golden questions are answered as expected, golden_share={config.golden_share:g} is"
+            f" needed. The model answers {'; '.join(wrong)}."
+        )
+    return share
 
 
 def _read_picture(run: StageRun[DeployConfig]) -> bytes:
@@ -145,26 +186,10 @@ def _ways_to_ask(config: DeployConfig, url: str, reference: str, body: bytes) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(body)
     port = config.port or DEFAULT_PORT
-    address = url if config.keep_running else f"http://127.0.0.1:{port}"
+    stays = config.keep_running or config.target != "local"
+    address = url if stays else f"http://127.0.0.1:{port}"
     return {
         "serve": f"shellv serve --model {reference}" + ("" if port == DEFAULT_PORT else f" --port {port}"),
         "curl": f"curl -s {address}/v1/chat/completions -H 'content-type: application/json'"
         f" -d @{shlex.quote(str(path))}",
     }
-
-
-@contextlib.contextmanager
-def _deploy_locally(config: DeployConfig, model: str) -> Iterator[Deployment]:
-    """A child process of this one; it goes with the stage unless it is to be kept."""
-    from shellv_core.serving.local_server import local_server
-    from shellv_core.storage import home
-
-    log_path = home() / "logs" / "serve.log"
-    with local_server(
-        model, config.host, config.port, log_path, config.startup_timeout_seconds, config.keep_running
-    ) as server:
-        details = {"pid": server.pid, "stop": f"kill {server.pid}"} if config.keep_running else {}
-        yield Deployment(server.url, details)
-
-
-DEPLOYERS: dict[str, Deployer] = {"local": _deploy_locally}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shellv_core.models.config import LoraConfig, ModelConfig
     from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
     from shellv_core.training.memory import MemoryEstimate
+    from shellv_core.training.model import TrainingModel
 
 DEVICE_NAMES = ("a100-40", "a100-80", "h100", "h200", "cpu")
 STAGES = ("pretrain_projector", "finetune")
@@ -95,13 +96,23 @@ def main(args: argparse.Namespace) -> int:
 
 def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
     """The memory that `plan` takes on each device."""
+    from shellv_core.training.memory import estimate_memory
+    from shellv_core.training.memory_batches import largest_batch
+
+    module = module_of(plan)
+    batch = largest_batch(module, plan.training, num_devices=plan.num_devices)
+    quantization = plan.lora.quantization if plan.lora else None
+    return estimate_memory(module, plan.training, batch, device_type, plan.num_devices, plan.zero_stage, quantization)
+
+
+def module_of(plan: Plan) -> TrainingModel:
+    """What `plan` trains, as it is trained, with shapes and no data."""
     import torch
 
     from shellv_core.models.hacl import HaclHeads
     from shellv_core.models.lora import add_lora
     from shellv_core.models.shapes import model_without_weights
     from shellv_core.training.loop import set_trainable
-    from shellv_core.training.memory import estimate_memory, largest_batch
     from shellv_core.training.model import TrainingModel, frozen_copy
     from shellv_core.training.parts import learn_in_float32
 
@@ -117,9 +128,7 @@ def estimate(plan: Plan, device_type: str) -> MemoryEstimate:
         with torch.device("meta"):
             add_lora(model, plan.lora, "projector" in plan.training.trainable)
     learn_in_float32(module)
-    batch = largest_batch(module, plan.training, num_devices=plan.num_devices)
-    quantization = plan.lora.quantization if plan.lora else None
-    return estimate_memory(module, plan.training, batch, device_type, plan.num_devices, plan.zero_stage, quantization)
+    return module
 
 
 def alternatives(plan: Plan, device_type: str) -> Iterator[tuple[str, MemoryEstimate]]:

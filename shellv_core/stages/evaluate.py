@@ -7,8 +7,7 @@ or its rank under torchrun), and a run without one takes what they have answered
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,18 +16,13 @@ from shellv_core.endpoint.config import EndpointAccess
 from shellv_core.evaluation.benchmarks.chair import DEFAULT_PROMPT
 from shellv_core.evaluation.benchmarks.hal_eval import OFFICIAL_PROMPT
 from shellv_core.evaluation.selection import BenchmarkFiles
-from shellv_core.stages.runner import StageConfig, StageResult, StageRun, open_stage, run_stage, work_folder
+from shellv_core.stages.evaluate_asking import Asking
+from shellv_core.stages.evaluate_shards import answer_shard, await_shards, parts_at
+from shellv_core.stages.evaluate_task import CODE, Task
+from shellv_core.stages.runner import StageConfig, StageResult, StageRun, run_stage
 
 if TYPE_CHECKING:
-    from shellv_core.endpoint.asking import Endpoint
-    from shellv_core.evaluation.answers import AnswerGenerator, Prompt, Shard
-    from shellv_core.evaluation.benchmark import Benchmark
     from shellv_core.evaluation.suite import ModelAnswers
-    from shellv_core.storage import InputDirectory, InputReference, Manifest, OutputDirectory
-
-MODEL_PREFIX = "model"
-CODE = ("endpoint", "evaluation", "models")
-PART_NAME = "parts/{name}-{index}of{count}.jsonl"
 
 
 class EvaluateConfig(StageConfig):
@@ -87,14 +81,14 @@ def run(config: EvaluateConfig) -> StageResult:
     from shellv_core.evaluation.answers import Shard
     from shellv_core.training.processes import alone, launched
 
-    task = _Task(config)
+    task = Task(config)
     launch = launched()
     shard = Shard.parse(config.shard) if config.shard else Shard(launch.rank, launch.size)
     if shard.count > 1:
-        partial = _answer_shard(task, shard)
+        partial = answer_shard(task, shard)
         if config.shard or shard.index:
             return partial
-        _await_shards(task, shard)
+        await_shards(task, shard)
     # The others have done their part and are gone.
     with alone():
         result = run_stage(
@@ -110,124 +104,7 @@ def run(config: EvaluateConfig) -> StageResult:
     return result
 
 
-class _Task:
-    """What is asked of whom, checked before anything is loaded.
-
-    Attributes:
-        inputs: input name -> URI of a committed folder, None where there is none.
-        references: the inputs that are none: model directories and the user's benchmarks.
-        folders: model name -> model directory.
-        remote: those of "model" and "judge" that are endpoints.
-        benchmarks: the user's.
-        images: image name -> file, of the user's benchmarks.
-    """
-
-    def __init__(self, config: EvaluateConfig) -> None:
-        from shellv_core.errors import ConfigError
-        from shellv_core.evaluation.selection import read_selected
-        from shellv_core.serving.reference import find_registered
-        from shellv_core.storage import InputReference
-
-        self.references: dict[str, InputReference] = {}
-        self.folders: dict[str, Path] = {}
-        selected = read_selected(config.benchmarks)
-        self.benchmarks, self.images = selected.benchmarks, selected.images
-        if self.benchmarks:
-            self.references["benchmarks"] = InputReference(uri="benchmarks", content_sha256=selected.content_sha256)
-        self.inputs: dict[str, str | None] = {"data": config.data_uri or (None if self.benchmarks else "")}
-        addresses = {"model": config.model_uri, "baseline": config.baseline_uri or None, "judge": config.judge_uri}
-        for name, uri in addresses.items():
-            if uri is None or (_is_endpoint(uri) and name != "baseline"):
-                continue
-            if uri.startswith("models:"):
-                uri = find_registered(uri).uri
-            folder = _model_folder(uri)
-            if folder is None:
-                self.inputs[name] = uri
-            else:
-                self.folders[name] = folder
-                self.references[name] = InputReference(uri=folder.as_uri(), content_sha256=_content_of(folder))
-        if _is_endpoint(config.baseline_uri):
-            raise ConfigError(
-                f"baseline_uri={config.baseline_uri!r}: only the candidate and the judge can be endpoints."
-            )
-        judged = [each for each in self.benchmarks if hasattr(each, "judge_questions")]
-        if judged and not config.judge_uri:
-            raise ConfigError(
-                f"the benchmark {'_'.join(judged[0].key)} needs a judge; give judge_uri=https://HOST/v1 with"
-                " judge.model, or a model directory."
-            )
-        self.config = config
-        self.remote = [name for name in ("model", "judge") if _is_endpoint(addresses[name])]
-
-    def is_whole(self, committed: Manifest) -> bool:
-        """Whether an evaluation lacks no more answers than allowed."""
-        missing, asked = committed.details.get("num_missing", 0), committed.details.get("num_asked", 0)
-        return bool(missing <= self.config.max_missing_share * asked)
-
-    def check_missing(self, result: StageResult) -> None:
-        """Raise `EvaluationError` if more answers are missing than allowed."""
-        from shellv_core.errors import EvaluationError
-        from shellv_core.evaluation.answers import told
-
-        missing, asked = result.details.get("num_missing", 0), result.details.get("num_asked", 0)
-        if missing > self.config.max_missing_share * asked:
-            reasons = {
-                f"{name}, {reason}": count
-                for name, counts in result.details["missing"].items()
-                for reason, count in counts["by_reason"].items()
-            }
-            raise EvaluationError(
-                f"{missing} of {asked} answers are missing ({told(reasons)}). The results at {result.output_uri} count"
-                " them as missing, and missing.json names them. Run again to ask these once more, or allow for them"
-                " with max_missing_share."
-            )
-
-    def open_endpoint(self, name: str) -> Endpoint:
-        """The endpoint "model" or "judge", its access checked."""
-        from shellv_core.endpoint.asking import Endpoint
-        from shellv_core.endpoint.config import EndpointConfig
-        from shellv_core.storage import home
-
-        config = self.config
-        is_judge = name == "judge"
-        access = config.judge if is_judge else config.endpoint
-        values = access.model_dump() | {"cache_path": access.cache_path or str(home() / "cache" / "endpoint")}
-        if not is_judge and config.top_p < 1:
-            values["body"] = {"top_p": config.top_p, **values["body"]}
-        endpoint = Endpoint(
-            EndpointConfig(
-                **values,
-                base_url=str(config.judge_uri if is_judge else config.model_uri),
-                temperature=0.0 if is_judge else config.temperature,
-                max_tokens=config.max_judgment_tokens,
-            )
-        )
-        endpoint.check_access()
-        return endpoint
-
-
-def _is_endpoint(uri: str | None) -> bool:
-    return bool(uri) and str(uri).startswith(("http://", "https://"))
-
-
-def _model_folder(uri: str) -> Path | None:
-    """The directory at `uri` where it is a model's own, None where it is a stage's output or missing."""
-    from shellv_core.storage import local_path
-
-    path = Path(uri).absolute() if uri and "://" not in uri else local_path(uri) if uri.startswith("file:") else None
-    return path if path is not None and (path / "config.json").is_file() else None
-
-
-def _content_of(folder: Path) -> str:
-    from shellv_core.config import fingerprint
-    from shellv_core.storage import sha256_of
-
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return fingerprint([(path.relative_to(folder).as_posix(), sha256_of(path)) for path in files])
-
-
-def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
+def _body(run: StageRun[EvaluateConfig], task: Task) -> None:
     import json
 
     from shellv_core.evaluation.answers import answer_rows
@@ -238,9 +115,9 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     from shellv_core.evaluation.suite import count_missing, flat_metrics, gather, judge
 
     config = run.config
-    asking = _Asking(task, run.inputs)
+    asking = Asking(task, run.inputs)
     benchmarks, images, substitutes = asking.benchmarks, asking.images, asking.substitutes
-    models = asking.ask(run.work, _parts_at(run.output, run.work))
+    models = asking.ask(run.work, parts_at(run.output, run.work))
     scored, judgments = _judged(run, asking, models)
     rows = gather(benchmarks, models, scored)
     results = judge(benchmarks, scored, rows, config.seed)
@@ -281,188 +158,8 @@ def _body(run: StageRun[EvaluateConfig], task: _Task) -> None:
     )
 
 
-class _Asking:
-    """The questions with their images, and the models that they are put to."""
-
-    def __init__(self, task: _Task, inputs: Mapping[str, InputDirectory]) -> None:
-        from shellv_core.evaluation.selection import Images
-        from shellv_core.evaluation.suite import needed_images, shuffle_images
-        from shellv_core.training.processes import launched
-
-        self.task, self.inputs, self.local_rank = task, inputs, launched().local_rank
-        self.endpoints = {name: task.open_endpoint(name) for name in task.remote}
-        data = inputs.get("data")
-        own = [] if data is None else _read_benchmarks(task.config, data)
-        self.benchmarks: list[Benchmark] = [*own, *task.benchmarks]
-        of_data = {} if data is None else read_images(data, needed_images(own))
-        _check_apart(task, of_data)
-        self.images: Mapping[str, bytes] = Images([of_data, task.images])
-        self.substitutes = shuffle_images(self.benchmarks, task.config.seed) if task.config.blind else None
-        self.generators: dict[str, AnswerGenerator] = {}
-
-    def ask(
-        self, folder: Path, parts: Mapping[str, Mapping[Prompt, str]] | None = None, shard: Shard | None = None
-    ) -> dict[str, ModelAnswers]:
-        """What each model says, or said before into `folder`."""
-        from shellv_core.evaluation.answers import Shard
-        from shellv_core.evaluation.naming import BASELINE, CANDIDATE
-        from shellv_core.evaluation.suite import ask_models
-
-        shard = shard or Shard()
-        sources = {CANDIDATE: "model", BASELINE: "baseline"}
-        names = [name for name, source in sources.items() if self._has(source)]
-        logs = {name: log_path(folder, name, shard) for name in names}
-
-        def ask(names: Sequence[str]) -> dict[str, ModelAnswers]:
-            generators = {name: self.generator(sources[name]) for name in names}
-            return ask_models(
-                generators,
-                self.benchmarks,
-                self.images,
-                self.substitutes,
-                logs,
-                self.task.config.images_per_block,
-                shard,
-                parts,
-            )
-
-        local = [name for name in names if sources[name] not in self.endpoints]
-        if not local:
-            return ask(names)
-        import torch
-
-        if torch.cuda.is_available():
-            # One after the other, so that two models need not fit.
-            answers: dict[str, ModelAnswers] = {}
-            for name in names:
-                answers |= ask([name])
-                if name in local:
-                    del self.generators[sources[name]]
-            return answers
-        # Small models gain little from several cores each; side by side they use them all.
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, num_threads // len(local)))
-        try:
-            return ask(names)
-        finally:
-            torch.set_num_threads(num_threads)
-
-    def generator(self, source: str) -> AnswerGenerator:
-        """The model at input `source`, loaded once."""
-        if source not in self.generators:
-            self.generators[source] = self._open(source)
-        return self.generators[source]
-
-    def usage(self) -> dict[str, Any]:
-        """What endpoints were sent and what it cost, by input."""
-        return {
-            source: generator.usage.to_record()
-            for source, generator in self.generators.items()
-            if hasattr(generator, "usage")
-        }
-
-    def _has(self, source: str) -> bool:
-        return source in self.inputs or source in self.task.folders or source in self.endpoints
-
-    def _open(self, source: str) -> AnswerGenerator:
-        config = self.task.config
-        if source in self.endpoints:
-            from shellv_core.evaluation.endpoint_generator import EndpointGenerator
-
-            return EndpointGenerator(self.endpoints[source], config.seed)
-        import torch
-
-        from shellv_core.evaluation.choosing import Sampling
-        from shellv_core.evaluation.transformers_generator import load_generator
-
-        folder = self.task.folders.get(source) or self.inputs[source].fetch_tree(MODEL_PREFIX)
-        device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        sampling = Sampling() if source == "judge" else Sampling(config.temperature, config.top_p, config.seed)
-        return load_generator(folder, device, getattr(torch, config.dtype), config.batch_size, sampling)
-
-
-def log_path(folder: Path, name: str, shard: Shard) -> Path:
-    """Where a process keeps its journal of model `name`."""
-    part = f"-{shard.index}of{shard.count}" if shard.count > 1 else ""
-    return folder / f"answers-{name}{part}.jsonl"
-
-
-def _answer_shard(task: _Task, shard: Shard) -> StageResult:
-    """Answer a part of the questions and leave the answers at the output."""
-    output, inputs = _opened(task)
-    if output.finished() is None:
-        _begin(output)
-        work = work_folder("evaluate", output)
-        asking = _Asking(task, inputs)
-        names = list(asking.ask(work, shard=shard))
-        for name in names:
-            part = PART_NAME.format(name=name, index=shard.index, count=shard.count)
-            output.put_group(part, {}, {part: log_path(work, name, shard)}, {"model": name})
-    return StageResult(
-        stage="evaluate",
-        output_uri=output.uri,
-        fingerprint=output.fingerprint,
-        reused=False,
-        details={"shard": f"{shard.index}/{shard.count}"},
-    )
-
-
-def _await_shards(task: _Task, shard: Shard) -> None:
-    """Wait until all parts are at the output. Whoever started the processes ends this one if another fails."""
-    import time
-
-    output, _ = _opened(task)
-    while output.finished() is None:
-        output.begin()
-        whole = [
-            all(
-                PART_NAME.format(name=name, index=index, count=shard.count) in output.done_groups()
-                for index in range(shard.count)
-            )
-            for name in {str(group.note["model"]) for group in _part_groups(output)}
-        ]
-        if whole and all(whole):
-            return
-        time.sleep(1)
-
-
-def _opened(task: _Task) -> tuple[OutputDirectory, dict[str, InputDirectory]]:
-    inputs = {key: uri for key, uri in task.inputs.items() if uri is not None}
-    return open_stage("evaluate", task.config, inputs, CODE, others=task.references)
-
-
-def _begin(output: OutputDirectory) -> None:
-    import time
-
-    from shellv_core.errors import OutputNotEmptyError
-
-    try:
-        output.begin()
-    except OutputNotEmptyError:
-        # Two that begin at once: the folder was empty for one of them, and by now holds its marker.
-        time.sleep(1)
-        output.begin()
-
-
-def _part_groups(output: OutputDirectory) -> list[Any]:
-    return [group for name, group in output.done_groups().items() if name.startswith("parts/")]
-
-
-def _parts_at(output: OutputDirectory, work: Path) -> dict[str, dict[Prompt, str]]:
-    """Model name -> what other processes have answered."""
-    from shellv_core.evaluation.answers import read_answers
-
-    parts: dict[str, dict[Prompt, str]] = {}
-    for group in _part_groups(output):
-        for entry in group.scratch:
-            path = work / Path(entry.name).name
-            output.fetch(entry, path)
-            parts.setdefault(str(group.note["model"]), {}).update(read_answers(path))
-    return parts
-
-
 def _judged(
-    run: StageRun[EvaluateConfig], asking: _Asking, models: Mapping[str, ModelAnswers]
+    run: StageRun[EvaluateConfig], asking: Asking, models: Mapping[str, ModelAnswers]
 ) -> tuple[Mapping[str, ModelAnswers], dict[str, list[dict[str, Any]]]]:
     """The models' answers, of benchmarks that need a judge the judge's words about them; and all that it was asked."""
     from dataclasses import replace
@@ -496,43 +193,7 @@ def _judged(
     return scored, asked
 
 
-def _check_apart(task: _Task, of_data: Mapping[str, bytes]) -> None:
-    from shellv_core.errors import EvaluationError
-
-    both = sorted(of_data.keys() & task.images.keys())
-    if both:
-        raise EvaluationError(
-            f"{len(both)} images have the same name in the data and in your benchmarks' folders, for example"
-            f" {both[0]!r}. Evaluate them in two runs."
-        )
-
-
-def _read_benchmarks(config: EvaluateConfig, data: InputDirectory) -> list[Benchmark]:
-    from shellv_core.evaluation.suite import Limits, read_benchmarks
-
-    return read_benchmarks(
-        data.fetch,
-        [entry.name for entry in data.files("benchmarks/")],
-        Limits(config.max_pope_questions, config.max_hal_eval_items, config.max_captions),
-        config.pope_suffix,
-        config.hal_eval_prompt,
-        config.caption_prompt,
-        config.max_caption_tokens,
-    )
-
-
-def read_images(data: InputDirectory, names: set[str]) -> dict[str, bytes]:
-    """Those of the validation images of prepare_data's output that are named."""
-    from shellv_core.data.shards import read_shards
-
-    return {
-        sample.image_name: sample.image
-        for sample in read_shards(data, "validation")
-        if sample.image is not None and sample.image_name in names and sample.image_name is not None
-    }
-
-
-def _lineage(run: StageRun[EvaluateConfig], task: _Task) -> Any:
+def _lineage(run: StageRun[EvaluateConfig], task: Task) -> Any:
     import shellv_core
     from shellv_core.evaluation.report import Lineage
 

@@ -51,13 +51,18 @@ class FinetuneConfig(StageConfig):
         return self
 
 
+def inputs(config: FinetuneConfig) -> dict[str, str]:
+    """The committed folders that the stage reads, by name."""
+    return {"data": config.data_uri, "model": config.model_uri}
+
+
 def run(config: FinetuneConfig) -> StageResult:
     """Make ``adapter/`` (or ``model/``) in `config.output_uri`."""
     return run_stage(
         "finetune",
         config,
         _body,
-        inputs={"data": config.data_uri, "model": config.model_uri},
+        inputs=inputs(config),
         code=TRAINING_CODE,
         shared=True,
         checkpoint_uri=config.training.checkpoint_uri,

@@ -258,6 +258,7 @@ def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **
     Args:
         overrides: ``STAGE.key=value`` strings; those of other stages are checked and left out, and ``seed=N`` without
             a stage goes to every stage.
+        values: an empty text leaves what the preset and the overrides say.
 
     Raises:
         ConfigError: for an unknown preset, stage or key, with the nearest name.
@@ -266,7 +267,8 @@ def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **
     spread = [each for override in overrides for each in _spread(override)]
     full = apply_overrides(full, spread)
     config = getattr(full, stage)
-    return build_config(type(config), {**config.model_dump(), **values})
+    given = {key: value for key, value in values.items() if value != ""}
+    return build_config(type(config), {**config.model_dump(), **given})
 
 
 def stage_module(name: str) -> Any:

@@ -37,13 +37,18 @@ class PretrainProjectorConfig(StageConfig):
     training: TrainingConfig = TrainingConfig(global_batch_size=256, projector_learning_rate=1e-3)
 
 
+def inputs(config: PretrainProjectorConfig) -> dict[str, str]:
+    """The committed folders that the stage reads, by name."""
+    return {"data": config.data_uri}
+
+
 def run(config: PretrainProjectorConfig) -> StageResult:
     """Make ``model/`` in `config.output_uri`."""
     return run_stage(
         "pretrain_projector",
         config,
         _body,
-        inputs={"data": config.data_uri},
+        inputs=inputs(config),
         code=TRAINING_CODE,
         shared=True,
         checkpoint_uri=config.training.checkpoint_uri,

@@ -21,6 +21,7 @@ import shellv_core
 from shellv_core.config import Config, effective_values, fingerprint
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError, StorageError
 from shellv_core.logs import get_logger
+from shellv_core.stages.task import run_id
 from shellv_core.storage import (
     InputDirectory,
     InputReference,
@@ -164,7 +165,7 @@ def run_stage(
             logger.info("%s: reusing %s", name, uri)
             if checkpoints and launch.first:
                 delete_prefix(checkpoints)  # A kill right after the commit leaves them.
-            return _result(uri, Manifest.model_validate(reused), reused=True)
+            return result_of(uri, Manifest.model_validate(reused), reused=True)
         work = work_folder(name, output)
         manifest = None
         with contextlib.ExitStack() as stack:
@@ -177,13 +178,13 @@ def run_stage(
             body(run)
             if launch.first:
                 run.log_metrics(run.metrics)
-                manifest = output.commit(_manifest(name, run, references))
+                manifest = output.commit(_manifest(name, run, references, code))
         # Until then the others wait: a launcher takes a process that ends for a sign that all may.
         manifest = Manifest.model_validate(from_first(manifest and manifest.model_dump(mode="json")))
         shutil.rmtree(work, ignore_errors=True)
         if checkpoints and launch.first:
             delete_prefix(checkpoints)
-    return _result(uri, manifest, reused=False)
+    return result_of(uri, manifest, reused=False)
 
 
 def _tracked(
@@ -197,16 +198,25 @@ def _tracked(
         "shellv.library_version": shellv_core.__version__,
     }
     tags |= {f"shellv.input.{key}": reference.content_sha256 for key, reference in inputs.items()}
+    if run_id():
+        tags["shellv.pipeline_run"] = run_id()
     return track(name, config.model_dump(mode="json"), tags)
 
 
-def _manifest(name: str, run: StageRun[Any], inputs: Mapping[str, InputReference]) -> Manifest:
+def _manifest(name: str, run: StageRun[Any], inputs: Mapping[str, InputReference], code: Sequence[str]) -> Manifest:
+    from shellv_core.tracking.lineage import lineage_from_environment
+
     return Manifest(
         stage=name,
         fingerprint=run.fingerprint,
         library_version=shellv_core.__version__,
         config=run.config.model_dump(mode="json"),
         versions=_versions(),
+        origin={
+            "code_sha256": _code_of(name, code),
+            "mlflow_run": run.tracked.run_id,
+            **lineage_from_environment(),
+        },
         inputs=dict(inputs),
         metrics=run.metrics,
         details=run.details,
@@ -241,7 +251,7 @@ def open_stage(
         name,
         {key: value for key, value in effective_values(config).items() if key not in addresses},
         contents,
-        code_digest([f"stages/{name}.py", *code]),
+        _code_of(name, code),
     )
     uri = _with_fingerprint(config.output_uri, identity)
     return OutputDirectory(uri, identity), directories
@@ -263,6 +273,10 @@ def _checkpoint_address(checkpoint_uri: str | None, output: OutputDirectory) -> 
         # Beside, not inside: an output that failed is removed, and its last good checkpoint is not.
         checkpoint_uri = f"{output.uri}.checkpoints-{FINGERPRINT_PLACEHOLDER}"
     return checkpoint_uri and _with_fingerprint(checkpoint_uri, output.fingerprint)
+
+
+def _code_of(name: str, parts: Sequence[str]) -> str:
+    return code_digest([f"stages/{name}.py", *parts])
 
 
 def code_digest(parts: Sequence[str]) -> str:
@@ -319,7 +333,8 @@ def _check_all(uris: Sequence[str]) -> None:
         raise kind(" | ".join(dict.fromkeys(str(fault) for fault in faults)))
 
 
-def _result(uri: str, manifest: Manifest, reused: bool) -> StageResult:
+def result_of(uri: str, manifest: Manifest, reused: bool) -> StageResult:
+    """What the stage returns that committed `manifest` at `uri`."""
     return StageResult(
         stage=manifest.stage,
         output_uri=uri,

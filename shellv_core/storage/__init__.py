@@ -20,6 +20,7 @@ from shellv_core.storage.directories import (
     sha256_of,
 )
 from shellv_core.storage.home import home
+from shellv_core.storage.probe import probe
 from shellv_core.storage.stores import ObjectStatus, join, local_path, open_store
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "list_uris",
     "local_path",
     "open_store",
+    "probe",
     "read_bytes",
     "read_manifest",
     "read_range",

@@ -45,13 +45,18 @@ class InputReference(Config):
 
 
 class Manifest(Config):
-    """What a stage made, from what, and how; its presence is the commit point."""
+    """What a stage made, from what, and how; its presence is the commit point.
+
+    Attributes:
+        origin: where it was made: commit, image, workflow run, tracked run, as far as they are known.
+    """
 
     stage: str
     fingerprint: str
     library_version: str
     config: dict[str, Any]
     versions: dict[str, str] = {}
+    origin: dict[str, str] = {}
     inputs: dict[str, InputReference] = {}
     files: list[FileEntry] = []
     metrics: dict[str, float] = {}

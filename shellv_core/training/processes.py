@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def rank() -> int:
 
 def num_processes() -> int:
     """Processes that train together; 1 outside of torch.distributed."""
-    if _alone:
+    if _alone or "torch" not in sys.modules:
+        # No process that has not loaded torch has joined others: stages that need no torch run without it.
         return 1
     distributed = _distributed()
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1

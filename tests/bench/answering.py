@@ -57,9 +57,9 @@ def make_model(data: InputDirectory, directory: Path | None) -> tuple[Any, Any]:
 
 def questions_of(data: InputDirectory, num_questions: int) -> list[Prompt]:
     """Questions of POPE and Hal-Eval, image by image."""
-    from shellv_core.stages.evaluate import _read_benchmarks
+    from shellv_core.stages.evaluate_asking import read_benchmarks_of
 
-    benchmarks = [each for each in _read_benchmarks(EvaluateConfig(), data) if each.key[0] in ("pope", "hal_eval")]
+    benchmarks = [each for each in read_benchmarks_of(EvaluateConfig(), data) if each.key[0] in ("pope", "hal_eval")]
     prompts = [
         Prompt(question.image, question.prompt, benchmark.max_new_tokens)
         for benchmark in benchmarks

@@ -88,7 +88,8 @@ def measure(cases: list[Case], folder: Path) -> Iterator[tuple[Case, float, floa
     from shellv_core.storage import InputDirectory
     from shellv_core.training.fit import TrainingData, _load, tokenizer_texts
     from shellv_core.training.loop import set_trainable, train, train_from
-    from shellv_core.training.memory import estimate_memory, largest_batch
+    from shellv_core.training.memory import estimate_memory
+    from shellv_core.training.memory_batches import largest_batch
     from shellv_core.training.model import TrainingModel
     from shellv_core.training.packed_feed import packed_feed
     from tests.data.shard_folder import shard_folder

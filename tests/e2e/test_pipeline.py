@@ -35,6 +35,7 @@ def test_the_end_of_the_run_tells_a_newcomer_everything(project: Project) -> Non
     assert re.search(r"version\s+1\b", project.output)
     assert "@candidate" in project.output or "candidate" in project.output
     assert "curl " in project.output
+    assert re.search(r"pretrain_projector, part by part:\n(.*\n)*? +vision tower .*frozen\n", project.output)
 
 
 @pytest.mark.usefixtures("project_s3")
@@ -60,6 +61,21 @@ def test_the_model_is_registered_by_reference_with_aliases(project: Project, mon
     }
     stages = {run.data.tags["shellv.stage"] for run in client.search_runs(["1"])}
     assert {"prepare_data", "pretrain_projector", "finetune", "merge_lora", "evaluate", "promote", "deploy"} <= stages
+
+
+def test_the_lineage_leads_back_to_the_data_and_every_byte_holds(project: Project) -> None:
+    done = project.run("shellv_core.cli", "models", "shellv-smoke", "candidate", "--verify", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert [made["stage"] for made in record["lineage"]] == [
+        "prepare_data",
+        "pretrain_projector",
+        "finetune",
+        "merge_lora",
+    ]
+    assert all(len(made["mlflow_run"]) == 32 and len(made["code_sha256"]) == 64 for made in record["lineage"])
+    assert (record["evaluation"]["stage"], record["every_byte_verified"]) == ("evaluate", True)
+    assert record["tags"]["shellv.data_uri"] == record["lineage"][0]["uri"]
 
 
 def test_a_second_run_changes_nothing(project: Project, monkeypatch: pytest.MonkeyPatch, project_s3: None) -> None:

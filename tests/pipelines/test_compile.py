@@ -1,41 +1,29 @@
+"""What is committed is what the source makes, and one function makes it for every registry, tag and lock file."""
+
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from google.protobuf import json_format
 
-from pipelines.compile import PIPELINES, compiled_path
-from shellv_core.stages import STAGE_NAMES
-from shellv_core.stages.presets import PRESETS
+import shellv_core
+from pipelines.__main__ import main
+from pipelines.compile import PIPELINES, compiled_yaml
+from shellv_core.errors import ConfigError
+from tests.pipelines.compiling import documents, tasks_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Kubeflow Pipelines refuses specifications above 256 KB in some installations.
-MAX_BYTES = 200_000
-UNSUPPORTED_LOCALLY = ("pipeline_job_resource_name", "pipeline_job_create_time", "pipeline_job_schedule_time")
-PARAMETERS = {
-    "root_uri",
-    "preset",
-    "overrides",
-    "registered_model",
-    "k8s_secret",
-    "k8s_config_map",
-    "k8s_accelerator",
-    "k8s_num_accelerators",
-    "k8s_node_selector",
-    "k8s_tolerations",
-}
+DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(("control", "train", "serve"), 1)}
 
 
-def compiled(name: str = "shellv", **environment: str) -> str:
-    """A compiled pipeline, from a process of its own: images are named when the components are imported."""
+def compiled(profile: str = "a100-40", **environment: str) -> str:
+    """From a process of its own: images are named when the components are imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SHELLV_")}
-    program = f"from pipelines.compile import compiled_yaml; print(compiled_yaml({name!r}), end='')"
+    program = f"from pipelines.compile import compiled_yaml; print(compiled_yaml('shellv', {profile!r}), end='')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,
@@ -48,121 +36,71 @@ def compiled(name: str = "shellv", **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def documents() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(compiled_path("shellv").read_text(encoding="utf-8")))
+def images(text: str) -> set[str]:
+    spec = next(yaml.safe_load_all(text))
+    return {each["container"]["image"] for each in spec["deploymentSpec"]["executors"].values()}
 
 
-@pytest.fixture(scope="module")
-def spec(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    return documents[0]
+def test_committed_files_are_what_the_source_makes() -> None:
+    assert main(["compile", "--check"]) == 0
 
 
-@pytest.fixture(scope="module")
-def containers(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items()}
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_the_committed_file_is_what_the_source_compiles_to(name: str) -> None:
-    assert compiled_path(name).read_text(encoding="utf-8") == compiled(name), "run `python -m pipelines compile`"
+def test_a_stale_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipelines.compile.committed_files", lambda: [(tmp_path / "stale.yaml", "new")])
+    (tmp_path / "stale.yaml").write_text("old")
+    assert main(["compile", "--check"]) == 1
+    assert "stale.yaml" in capsys.readouterr().err
 
 
 def test_compiling_is_deterministic() -> None:
     assert compiled(PYTHONHASHSEED="1") == compiled(PYTHONHASHSEED="2")
 
 
-def test_both_documents_parse_strictly(documents: list[dict[str, Any]]) -> None:
-    from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
-    from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
-
-    spec, platform = documents
-    json_format.ParseDict(spec, PipelineSpec())
-    json_format.ParseDict(platform, PlatformSpec())
-    for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
-        json_format.ParseDict(executor, KubernetesExecutorConfig())
-
-
-def test_images_come_from_one_place(containers: dict[str, dict[str, Any]]) -> None:
-    import shellv_core
-
+def test_registry_and_tag_come_from_the_environment() -> None:
     tag = shellv_core.__version__
-    assert {each["image"] for each in containers.values()} == {
-        f"localhost/shellv-control:{tag}",
-        f"localhost/shellv-train:{tag}",
-    }
-    other = compiled(SHELLV_REGISTRY="registry.example/team/", SHELLV_TAG="abc")
-    images = {
-        each["container"]["image"] for each in next(yaml.safe_load_all(other))["deploymentSpec"]["executors"].values()
-    }
-    assert images == {"registry.example/team/shellv-control:abc", "registry.example/team/shellv-train:abc"}
-
-
-def test_nothing_is_installed_at_run_time(containers: dict[str, dict[str, Any]]) -> None:
-    for container in containers.values():
-        command = " ".join([*container["command"], *container["args"]])
-        assert "pip" not in command.replace("pipeline", "")
+    assert images(compiled_yaml("shellv")) == {f"localhost/shellv-control:{tag}", f"localhost/shellv-train:{tag}"}
+    other = images(compiled("cpu", SHELLV_REGISTRY="registry.example/team/", SHELLV_TAG="abc"))
+    assert other == {"registry.example/team/shellv-control:abc", "registry.example/team/shellv-train:abc"}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_the_file_is_small_and_runs_anywhere(name: str) -> None:
-    text = compiled_path(name).read_text(encoding="utf-8")
-    assert len(text.encode()) < MAX_BYTES
-    for placeholder in UNSUPPORTED_LOCALLY:
-        assert placeholder not in text
-
-
-def test_parameters_are_addresses_a_preset_overrides_and_placement(spec: dict[str, Any]) -> None:
-    parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert set(parameters) == PARAMETERS
-    assert parameters["preset"]["literals"] == list(PRESETS)
-    for name, parameter in parameters.items():
-        assert parameter["description"], name
-        assert parameter.get("isOptional", False) == (name != "root_uri")
-
-
-def test_every_stage_is_in_the_pipeline_and_finetune_and_merge_twice(spec: dict[str, Any]) -> None:
-    functions = [each["container"]["args"][-1] for each in spec["deploymentSpec"]["executors"].values()]
-    assert sorted(functions) == sorted([*STAGE_NAMES, "finetune", "merge_lora"])
-    overrides = [
-        task["inputs"]["parameters"]["task_overrides"]["runtimeValue"]["constant"]
-        for task in spec["root"]["dag"]["tasks"].values()
-        if "task_overrides" in task["inputs"]["parameters"]
-    ]
-    assert sorted(overrides) == [[], ["finetune.hacl.weight=0"]]
-
-
-def test_what_looks_outside_its_inputs_is_never_cached(spec: dict[str, Any]) -> None:
-    uncached = {
-        name for name, task in spec["root"]["dag"]["tasks"].items() if not task["cachingOptions"].get("enableCache")
+def test_a_locked_pipeline_names_its_images_by_digest(name: str, tmp_path: Path) -> None:
+    lock = tmp_path / "images.lock.yaml"
+    entries = {
+        key: {"reference": f"r.example:5000/shellv-{key}:7", "digest": digest} for key, digest in DIGESTS.items()
     }
-    assert uncached == {"prepare-data", "promote", "deploy"}
+    lock.write_text(yaml.safe_dump({"version": shellv_core.__version__, "images": entries}))
+    text = compiled_yaml(name, "cpu", lock)
+    assert images(text) <= {f"r.example:5000/shellv-{key}@{digest}" for key, digest in DIGESTS.items()}
+    for task in tasks_of(*yaml.safe_load_all(text)):
+        variables = {each["name"]: each["value"] for each in task.container["env"]}
+        assert variables == {
+            "SHELLV_IMAGE": task.container["image"],
+            "SHELLV_PIPELINE_VERSION": shellv_core.__version__,
+        }
 
 
-def test_every_task_that_loads_a_model_can_be_placed_and_is_retried(documents: list[dict[str, Any]]) -> None:
-    spec, platform = documents
-    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    accelerated = {
-        name: each["container"]
-        for name, each in spec["deploymentSpec"]["executors"].items()
-        if "resources" in each["container"]
-    }
-    assert sorted(each["args"][-1] for each in accelerated.values()) == [
-        "evaluate",
-        "finetune",
-        "finetune",
-        "merge_lora",
-        "merge_lora",
-        "pretrain_projector",
-    ]
-    tasks = {task["componentRef"]["name"]: task for task in spec["root"]["dag"]["tasks"].values()}
-    for name in accelerated:
-        place = executors[name]
-        assert place["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"] == "k8s_node_selector"
-        assert place["tolerations"][0]["tolerationJson"]["componentInputParameter"] == "k8s_tolerations"
-        assert place["activeDeadlineSeconds"]
-        assert place["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
-        assert tasks[name.replace("exec-", "comp-")]["retryPolicy"]["maxRetryCount"] == 2
-    for place in executors.values():
-        assert place["secretAsEnv"][0]["optional"]
-        assert place["configMapAsEnv"][0]["optional"]
+def test_a_lock_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="make images"):
+        compiled_yaml("shellv", "cpu", tmp_path / "none.yaml")
+
+
+def test_another_cluster_s_files_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "--profile", "h100", "--output", str(tmp_path)]) == 0
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == sorted(f"{name}-h100.yaml" for name in PIPELINES)
+    assert capsys.readouterr().out.count("h100.yaml") == len(PIPELINES)
+    assert main(["compile", "--profile", "h100", "--check"]) == 2
+    assert main(["compile", "--profile", "h10", "--output", str(tmp_path)]) == 2
+    assert "did you mean 'h100'" in capsys.readouterr().err
+
+
+def test_unknown_pipelines_are_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'shellv-data'"):
+        compiled_yaml("shellv-dat")
+
+
+def test_the_header_names_the_pipeline() -> None:
+    assert documents("shellv")[0]["pipelineInfo"]["name"] == "shellv"

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import io
+import logging
+
+import pytest
 
 from pipelines.console import Console
+from shellv_core.logs import setup_logging
 
 TITLES = {"prepare-data": "prepare data", "finetune-2": "finetune without HACL"}
 START = "06:06:45.047 - INFO - Executing task \x1b[96m'{}'\x1b[0m\n06:06:45.047 - INFO - Streamed logs:\n\n"
@@ -42,6 +46,17 @@ def test_a_task_shows_its_own_lines_only() -> None:
         f"[1/2] prepare data\n    06:06:46 prepare_data: writing s3://shellv/x\n    done in {seconds:.1f} s\n"
     )
     assert console.tasks[0].failure is None
+
+
+def test_a_table_of_a_stage_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    logging.getLogger("shellv_core.training.fit").info("finetune, part by part:\npart  rate\nprojector  0.001")
+    said = capsys.readouterr().err
+    text = START.format("finetune-2") + "".join(f"    {line}\n" for line in said.splitlines())
+    text += "    x\n             another library's\n" + END.format("finetune-2", "SUCCESS")
+    lines = shown(text)[1].splitlines()
+    assert [line[13:] for line in lines[1:4]] == ["finetune, part by part:", "part  rate", "projector  0.001"]
+    assert len(lines) == 5, "another library's lines are not"
 
 
 def test_lines_may_come_in_pieces() -> None:

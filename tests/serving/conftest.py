@@ -51,11 +51,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> Path
 def endpoint(model_path: Path) -> Iterator[Endpoint]:
     """The API over the tiny model, with room for two requests that wait; answers of 2000 tokens take seconds."""
     from shellv_core.models.compose import load_model
-    from shellv_core.serving.api import ApiConfig, ServedModel, create_app
+    from shellv_core.serving.api import ApiConfig, create_app
+    from shellv_core.serving.models import FixedModels, ServedModel
     from shellv_core.serving.server import Server, bind, running_in_thread
     from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
 
     engine = TransformersEngine(*load_model(model_path), EngineConfig(slots=1, max_waiting=2))
-    app = create_app(engine, ServedModel("tiny", "0" * 64), ApiConfig(max_body_bytes=4 << 20, body_timeout_seconds=2))
-    with bind("127.0.0.1", 0) as listener, running_in_thread(Server(app, engine), listener) as url:
+    models = FixedModels(ServedModel(engine, "tiny", "0" * 64))
+    app = create_app(models, ApiConfig(max_body_bytes=4 << 20, body_timeout_seconds=2))
+    with bind("127.0.0.1", 0) as listener, running_in_thread(Server(app, models), listener) as url:
         yield Endpoint(url, engine)

@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 def server(model_path):
     """Address and engine of a server with the page."""
     from shellv_core.models.compose import load_model
-    from shellv_core.serving.api import ServedModel, create_app
+    from shellv_core.serving.api import create_app
+    from shellv_core.serving.models import FixedModels, ServedModel
     from shellv_core.serving.server import Server, bind, endpoint_url, running_in_thread
     from shellv_core.serving.transformers_engine import TransformersEngine
     from shellv_core.serving.ui import mount_ui
@@ -44,10 +45,11 @@ def server(model_path):
 
     model.lm_head.forward = slow_forward
     engine = TransformersEngine(model, processor)
-    app = create_app(engine, ServedModel("tiny", "0" * 64))
+    models = FixedModels(ServedModel(engine, "tiny", "0" * 64))
+    app = create_app(models)
     with bind("127.0.0.1", 0) as listener:
         mount_ui(app, endpoint_url(*listener.getsockname()), "tiny")
-        with running_in_thread(Server(app, engine), listener) as url:
+        with running_in_thread(Server(app, models), listener) as url:
             yield url, engine
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from shellv_core.config import build_config
+from shellv_core.endpoint.client import EndpointClient
 from shellv_core.errors import ConfigError, ServingError
-from shellv_core.stages import deploy
-from shellv_core.stages.deploy import DeployConfig, Deployment
+from shellv_core.stages import deploy, deployers
+from shellv_core.stages.deploy import DeployConfig
+from shellv_core.stages.deployers import Champion, Deployment
 from shellv_core.storage import InputDirectory, Manifest, OutputDirectory, home
 from tests.serving.tiny_model import build_model, build_processor, picture
 
@@ -29,7 +31,7 @@ def commit(folder, name, fill):
 
 
 @pytest.fixture
-def champion(tmp_path):
+def champion(tmp_path, tracking_store):
     """A function that registers a committed model as tiny@champion."""
 
     def register(fill=lambda output: output.put_bytes(b"{}", "model/config.json") and None):
@@ -64,11 +66,13 @@ def config(tmp_path):
 @pytest.fixture
 def fake_deployment(monkeypatch):
     """A deployer whose endpoint gives a fixed answer, and what happened to it."""
-    seen = {"answer": "a red field", "taken_back": False}
+    seen = {"answer": "a red field", "taken_back": False, "revisions": [], "looks": 0}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply({"data": [{"id": "tiny", "revision": "r"}]})
+            seen["looks"] += self.path == "/v1/models"
+            earlier = seen["revisions"].pop(0) if seen["revisions"] else None
+            self.reply({"data": [{"id": "tiny", "revision": earlier or seen["champion"].revision}]})
 
         def do_POST(self):
             seen["request"] = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -86,12 +90,13 @@ def fake_deployment(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    seen["url"] = f"http://127.0.0.1:{server.server_port}"
 
     @contextlib.contextmanager
-    def deployer(config, model):
-        seen["model"] = model
+    def deployer(config, champion):
+        seen["champion"] = champion
         try:
-            yield Deployment(f"http://127.0.0.1:{server.server_port}", {"place": "nowhere"})
+            yield Deployment(EndpointClient(seen["url"]), {"place": "nowhere"})
         except BaseException:
             seen["taken_back"] = True
             raise
@@ -150,7 +155,10 @@ def test_the_first_validation_picture_is_asked_about(tmp_path, champion, config,
     result = deploy.run(config(image_uri=None, data_uri=data.uri, promotion_uri=promotion, question="What is it?"))
     assert result.details["answer"] == "a red field"
     assert result.details["place"] == "nowhere"
-    assert fake_deployment["model"] == "models:/tiny@champion"
+    assert (fake_deployment["champion"].alias, fake_deployment["champion"].pinned) == (
+        "models:/tiny@champion",
+        "models:/tiny/1",
+    )
     parts = fake_deployment["request"]["messages"][0]["content"]
     assert parts[0]["image_url"]["url"].startswith("data:image/")
     assert parts[1]["text"] == "What is it?"
@@ -177,15 +185,72 @@ def test_an_empty_answer_takes_the_deployment_back(champion, config, fake_deploy
     assert fake_deployment["taken_back"]
 
 
+def test_golden_questions(champion, config, fake_deployment):
+    champion()
+    golden = [{"question": "Color?", "expected": "RED"}, {"question": "Animal?", "expected": "a cat"}]
+    assert deploy.run(config(golden=golden, golden_share=0.5)).metrics["golden_share"] == 0.5
+    said = r"50% of the golden questions .*golden_share=1 is needed.*'Animal\?' with 'a red field', expected 'a cat'"
+    with pytest.raises(ServingError, match=said):
+        deploy.run(config(golden=golden, output_uri=(home() / "second").as_uri()))
+    assert fake_deployment["taken_back"]
+    assert fake_deployment["request"]["messages"][0]["content"][1]["text"] == "Animal?"
+
+
 def test_no_champion(config, fake_deployment):
     with pytest.raises(ServingError, match=r"models:/tiny@champion names no registered version.*Run promote first"):
         deploy.run(config())
-    assert "model" not in fake_deployment
+    assert "champion" not in fake_deployment
+
+
+def test_a_server_of_another_model_is_not_taken_for_the_champion(champion, config, fake_deployment):
+    champion()
+    fake_deployment["revisions"] = ["f" * 64]
+    with pytest.raises(ServingError, match=f"serves revision {'f' * 12}, but models:/tiny@champion is version 1"):
+        deploy.run(config())
+    assert fake_deployment["taken_back"]
+
+
+def expected_revision():
+    from shellv_core.serving.reference import find_registered, registered_revision
+
+    return registered_revision(find_registered("models:/tiny@champion"))
+
+
+def test_a_server_elsewhere_is_waited_for_until_it_has_followed_the_alias(
+    champion, config, fake_deployment, monkeypatch
+):
+    monkeypatch.setattr(deployers, "POLL_SECONDS", 0.01)
+    champion()
+    fake_deployment["champion"] = Champion("", "", "1", expected_revision())
+    fake_deployment["revisions"] = ["0" * 64] * 3
+    details = deploy.run(config(target="service", url=fake_deployment["url"])).details
+    assert details["answer"] == "a red field"
+    assert details["revision"] == expected_revision()
+    assert details["url"] == fake_deployment["url"]
+    assert f"curl -s {fake_deployment['url']}/v1/chat/completions" in details["curl"]
+    assert fake_deployment["looks"] == 5  # three earlier ones, the promoted one, and once more when it is asked
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_server_elsewhere_that_does_not_follow(champion, config, fake_deployment, monkeypatch, there):
+    monkeypatch.setattr(deployers, "POLL_SECONDS", 0.01)
+    champion()
+    fake_deployment["champion"] = Champion("", "", "1", "0" * 64)
+    url = fake_deployment["url"] if there else "http://127.0.0.1:9"
+    reason = "it serves revision 000000000000" if there else "does not answer"
+    with pytest.raises(ServingError, match=rf"did not take up models:/tiny@champion \(version 1.*{reason}"):
+        deploy.run(config(target="service", url=url, startup_timeout_seconds=0.2))
+
+
+def test_a_service_without_an_address(config):
+    with pytest.raises(ConfigError, match="target=service needs url="):
+        deploy.run(config(target="service"))
 
 
 def test_an_unknown_target(config):
-    with pytest.raises(ConfigError, match="target='kubernetes' is not a place to deploy to; allowed: local"):
-        deploy.run(config(target="kubernetes"))
+    said = "target='nowhere' is not a place to deploy to; allowed: local, service, kubernetes"
+    with pytest.raises(ConfigError, match=said):
+        deploy.run(config(target="nowhere"))
 
 
 def test_no_picture_and_no_data(config):

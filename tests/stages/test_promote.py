@@ -4,51 +4,21 @@ import json
 import shutil
 
 import pytest
+from promotions import make_evaluation, make_model
 
 from shellv_core.errors import PromotionError
 from shellv_core.stages import promote
 from shellv_core.stages.promote import PromoteConfig
-from shellv_core.storage import InputDirectory, Manifest, OutputDirectory
-from shellv_core.storage.directories import InputReference
+from shellv_core.storage import InputDirectory
 from shellv_core.tracking.registry import CANDIDATE, CHAMPION, ModelRegistry
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
-NUM_QUESTIONS = 200
 NAME = "shellv-test"
 
 
 @pytest.fixture
 def root(tmp_path):
     return (tmp_path / "store").as_uri()
-
-
-def make_model(root, name):
-    output = OutputDirectory(f"{root}/models/{name}", f"fingerprint of {name}")
-    output.begin()
-    output.put_bytes(name.encode(), "model/weights")
-    output.commit(manifest(output, "merge_lora"))
-    return output.uri
-
-
-def make_evaluation(root, model_uri, num_right, data="data"):
-    """An evaluation of 200 questions of which the first `num_right` were answered rightly."""
-    output = OutputDirectory(
-        f"{model_uri.replace('/models/', '/evaluations/')}-{num_right}-{data}", f"e{num_right}{data}"
-    )
-    output.begin()
-    right = {str(index): (int(index < num_right), 1) for index in range(NUM_QUESTIONS)}
-    output.put_bytes(json.dumps({"candidate": {"pope_random_accuracy": right}}).encode(), "outcomes.json")
-    inputs = {
-        "model": InputDirectory(model_uri).reference(),
-        "data": InputReference(uri="file:///d", content_sha256=data),
-    }
-    metrics = {"pope_random_accuracy": num_right / NUM_QUESTIONS, "blind_pope_random_accuracy": 0.5}
-    output.commit(manifest(output, "evaluate", inputs=inputs, metrics=metrics))
-    return output.uri
-
-
-def manifest(output, stage, **values):
-    return Manifest(stage=stage, fingerprint=output.fingerprint, library_version="0", config={}, **values)
 
 
 @pytest.fixture

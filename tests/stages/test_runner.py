@@ -47,7 +47,11 @@ def data_uri(store_uri: str) -> str:
     return uri
 
 
-def test_a_stage_commits_config_versions_and_inputs_and_tracks_them(data_uri: str, store_uri: str) -> None:
+def test_a_stage_commits_config_versions_and_inputs_and_tracks_them(
+    data_uri: str, store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHELLV_COMMIT", "c0ffee")
+    monkeypatch.setenv("KFP_RUN_ID", "5a1e")
     result = toy(ToyConfig(data_uri=data_uri, output_uri=f"{store_uri}/toy/{{fingerprint}}"))
     assert result.output_uri == f"{store_uri}/toy/{result.fingerprint[:16]}"
     assert result.metrics == {"length": 4.0}
@@ -59,6 +63,12 @@ def test_a_stage_commits_config_versions_and_inputs_and_tracks_them(data_uri: st
     client = open_client()
     (run,) = client.search_runs([client.get_experiment_by_name("shellv").experiment_id])
     assert run.info.status == "FINISHED"
+    assert found.manifest.origin == {
+        "code_sha256": code_digest(["stages/toy.py"]),
+        "mlflow_run": run.info.run_id,
+        "commit": "c0ffee",
+        "pipeline_run": "5a1e",
+    }
     assert run.data.metrics == {"loss": 1.5, "length": 4.0}
     assert run.data.params["times"] == "2"
     assert run.data.tags["shellv.fingerprint"] == result.fingerprint

@@ -14,10 +14,11 @@ from shellv_core.errors import ConfigError
 from shellv_core.models.config import LoraConfig
 from shellv_core.models.hacl import HaclHeads
 from shellv_core.models.lora import add_lora
-from shellv_core.training import memory
+from shellv_core.training import memory, memory_pass
 from shellv_core.training.config import HaclConfig, PreferenceConfig, TrainingConfig
 from shellv_core.training.loop import set_trainable
-from shellv_core.training.memory import DEVICES, check_memory, estimate_memory, largest_batch
+from shellv_core.training.memory import DEVICES, check_memory, estimate_memory
+from shellv_core.training.memory_batches import largest_batch
 from shellv_core.training.model import TrainingModel
 from tests.bench.memory import ALLOCATOR, CASES
 from tests.e2e.conftest import REPOSITORY
@@ -78,7 +79,7 @@ def test_layers_are_alike(models, monkeypatch):
     for settings in (config(), config(gradient_checkpointing=True), config(packing=True, pack_tokens=256)):
         few = estimated(module, settings)
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "LAYERS_COUNTED", 5)
+            patch.setattr(memory_pass, "LAYERS_COUNTED", 5)
             whole = estimated(module, settings)
         assert few.total == pytest.approx(whole.total, rel=0.02)
         found[settings.gradient_checkpointing, settings.packing] = few

@@ -1,0 +1,177 @@
+"""What can be known to fail before it does: settings, object store, tracking and disk, checked in seconds.
+
+Needs no GPU and no GPU library. The memory of training is `check_training`'s, which needs one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from pydantic import Field
+
+from shellv_core.config import Config
+from shellv_core.errors import ConfigError, DiskFullError, ShellVError
+from shellv_core.logs import get_logger
+from shellv_core.stages import STAGE_NAMES
+
+logger = get_logger(__name__)
+GIGA = 1e9
+
+
+class PreflightConfig(Config):
+    """What a pipeline run is about to do.
+
+    Attributes:
+        stages: that it has.
+        deploy_target: where its deploy stage deploys to; empty for what the settings say.
+        min_free_gb: bytes (10^9) that must be free on the disk of the project folder.
+    """
+
+    root_uri: str
+    preset: str
+    overrides: list[str] = []
+    stages: list[str] = list(STAGE_NAMES)
+    deploy_target: str = ""
+    min_free_gb: float = Field(default=1.0, ge=0.0)
+
+
+class Finding(Config):
+    """One thing that was checked; `fault` is empty if it is well."""
+
+    name: str
+    found: str = ""
+    fault: str = ""
+
+
+def run(config: PreflightConfig) -> list[Finding]:
+    """Check everything, whatever fails on the way.
+
+    Returns:
+        What was found, for people.
+
+    Raises:
+        ShellVError: with all faults at once; a `ConfigError` if all of them are wrong settings.
+    """
+    checks = {
+        "settings": lambda: _check_settings(config),
+        "object store": lambda: _check_store(config.root_uri),
+        "MLflow": _check_tracking,
+        "disk": lambda: _check_disk(config.min_free_gb),
+    }
+    return gather(checks)
+
+
+def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
+    """Run all `checks`, each of which returns what it found or raises.
+
+    Raises:
+        ShellVError: with all faults at once.
+    """
+    findings, errors = [], []
+    for name, check in checks.items():
+        try:
+            findings.append(Finding(name=name, found=check()))
+            logger.info("preflight: %s: %s", name, findings[-1].found)
+        except ShellVError as error:
+            errors.append(error)
+            findings.append(Finding(name=name, fault=str(error)))
+    if errors:
+        kind = ConfigError if all(isinstance(error, ConfigError) for error in errors) else ShellVError
+        faults = [f"{each.name}: {each.fault}" for each in findings if each.fault]
+        raise kind(f"{len(faults)} fault(s), and nothing was started:\n" + "\n".join(faults))
+    return findings
+
+
+def needs_judge(config: PreflightConfig) -> bool:
+    """Whether the run evaluates with a judge, whose words may differ from one time to the next."""
+    from shellv_core.stages.presets import stage_config
+
+    return "evaluate" in config.stages and bool(stage_config(config.preset, "evaluate", config.overrides).judge_uri)
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """What was found, as a Markdown table."""
+    rows = [f"| {each.name} | {(each.fault or each.found).replace('|', chr(92) + '|')} |" for each in findings]
+    return "\n".join(["| checked | found |", "| --- | --- |", *rows]) + "\n"
+
+
+def _check_settings(config: PreflightConfig) -> str:
+    from shellv_core.stages.deploy import DEPLOYERS
+    from shellv_core.stages.presets import preset, stage_config
+
+    preset(config.preset)
+    faults = list(_faults_of(config))
+    unknown = [stage for stage in config.stages if stage not in STAGE_NAMES]
+    faults += [f"{stage!r} is no stage; allowed: {', '.join(STAGE_NAMES)}" for stage in unknown]
+    if not faults:
+        target = config.deploy_target or stage_config(config.preset, "deploy", config.overrides).target
+        if "deploy" in config.stages and target not in DEPLOYERS:
+            faults.append(f"target={target!r} is not a place to deploy to; allowed: {', '.join(DEPLOYERS)}")
+    if faults:
+        raise ConfigError(" | ".join(dict.fromkeys(faults)))
+    return f"preset {config.preset} with {len(config.overrides)} override(s), for {', '.join(config.stages)}"
+
+
+def _faults_of(config: PreflightConfig) -> Iterator[str]:
+    """Each override alone, then all together: some are wrong only beside others."""
+    from shellv_core.stages.presets import stage_config
+
+    single = 0
+    for override in config.overrides:
+        try:
+            stage_config(config.preset, STAGE_NAMES[0], [override])
+        except ConfigError as error:
+            single += 1
+            yield str(error)
+    if not single:
+        try:
+            stage_config(config.preset, STAGE_NAMES[0], config.overrides)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _check_store(root_uri: str) -> str:
+    from shellv_core.storage import probe
+
+    probe(root_uri)
+    return f"{root_uri}: written, read, listed and deleted"
+
+
+def _check_tracking() -> str:
+    from mlflow.exceptions import MlflowException
+
+    from shellv_core.errors import TrackingError
+    from shellv_core.tracking.runs import open_client, tracking_uri
+
+    client = open_client()
+    try:
+        client.search_registered_models(max_results=1)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {tracking_uri()} has no model registry that answers ({str(error).splitlines()[0]}). Give it a"
+            " database as its backend store."
+        ) from None
+    return f"{_without_password(tracking_uri())} answers, with its model registry"
+
+
+def _check_disk(min_free_gb: float) -> str:
+    from shellv_core.storage import home
+
+    folder = home()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIGA
+    if free < min_free_gb:
+        raise DiskFullError(
+            f"{folder} has {free:.1f} GB free, and {min_free_gb:g} GB are needed at least. Free some space or point"
+            " SHELLV_HOME elsewhere."
+        )
+    return f"{free:.1f} GB free at {folder}"
+
+
+def _without_password(address: str) -> str:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
