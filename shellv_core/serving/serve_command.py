@@ -6,6 +6,8 @@ import argparse
 
 DEFAULT_PORT = 8000
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "nf4", "int8")
+BATCHINGS = ("slots", "serial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +21,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="model id for clients (default: the reference's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the model runs, for example cuda (default: %(default)s)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=REFERENCE",
+        help="a LoRA adapter beside the model, under an id of its own: its folder, or a finetune output; repeatable",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the model runs: cpu, cuda, mps, or auto for all GPUs together (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="language model in 4 bits (nf4) or 8 (int8) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batching",
+        choices=BATCHINGS,
+        default="slots",
+        help="requests side by side, or one after the other (default: %(default)s)",
+    )
+    parser.add_argument("--slots", type=int, default=16, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--no-ui", action="store_true", help="serve the API without the chat page")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="stop when the standard input ends, as it does with a parent"
@@ -33,7 +59,9 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ShellVError: if the endpoint cannot start.
     """
+    from shellv_core.config import build_config
     from shellv_core.serving.server import ServeConfig, serve
+    from shellv_core.serving.transformers_engine import EngineConfig
 
     config = ServeConfig(
         model=args.model,
@@ -43,6 +71,26 @@ def main(args: argparse.Namespace) -> int:
         ui=not args.no_ui,
         device=args.device,
         dtype=args.dtype,
+        quantization=None if args.quantization == "none" else args.quantization,
+        adapters=_named(args.adapter),
+        engine=build_config(EngineConfig, {"batching": args.batching, "slots": args.slots}),
     )
     serve(config, until_stdin_closes=args.until_stdin_closes)
     return 0
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    """References by name from ``NAME=REFERENCE``."""
+    from shellv_core.errors import ConfigError
+
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, _, reference = pair.partition("=")
+        if not name or not reference:
+            raise ConfigError(
+                f"--adapter {pair!r} is not of the form NAME=REFERENCE, for example --adapter hacl=adapter/."
+            )
+        if name in named:
+            raise ConfigError(f"--adapter names {name!r} twice; every adapter needs a name of its own.")
+        named[name] = reference
+    return named

@@ -11,17 +11,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import uvicorn
 
-from shellv_core.config import Config
+from shellv_core.config import Config, fingerprint
 from shellv_core.endpoint.client import endpoint_url
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
+from shellv_core.models.config import Quantization
 from shellv_core.serving.api import ApiConfig, create_app
 from shellv_core.serving.models import FixedModels, Models, ServedModel
-from shellv_core.serving.reference import fetch_model
+from shellv_core.serving.reference import fetch_adapter, fetch_model
 from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class ServeConfig(Config):
         host: the address to listen on. There is no authentication, so other than loopback belongs behind a gateway.
         port: 0 takes a free one.
         ui: whether the chat page is mounted at ``/ui``.
-        device: where the model runs, as torch spells it.
+        device: where the model runs, as torch spells it; ``auto`` for all GPUs of this machine together.
+        quantization: the language model's linear layers in 4 bits (nf4) or 8 (int8).
+        adapters: LoRA adapters beside the model, unmerged: references as in `fetch_adapter`, by the id for clients.
     """
 
     model: str
@@ -53,6 +56,8 @@ class ServeConfig(Config):
     ui: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Quantization | None = None
+    adapters: dict[str, str] = {}
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
 
@@ -117,15 +122,17 @@ def running_in_thread(server: Server, listener: socket.socket) -> Iterator[str]:
 
 def _server(config: ServeConfig, listener: socket.socket) -> Server:
     files = fetch_model(config.model)
-    import torch
+    adapters = {name: fetch_adapter(reference) for name, reference in config.adapters.items()}
+    from shellv_core.serving.inference.loading import load_served
 
-    from shellv_core.models.compose import load_model
-
-    model: Any
-    model, processor = load_model(files.path, getattr(torch, config.dtype))
-    engine = TransformersEngine(model.to(config.device), processor, config.engine)
+    model, processor, adapter_set = load_served(files.path, config.device, config.dtype, config.quantization, adapters)
+    engine = TransformersEngine(model, processor, config.engine, adapter_set)
     served = ServedModel(engine, config.name or files.name, files.revision)
-    models = FixedModels(served)
+    adapted = [
+        ServedModel(engine, name, fingerprint([files.revision, each.revision]), served.name, name)
+        for name, each in adapters.items()
+    ]
+    models = FixedModels(served, *adapted)
     app = create_app(models, config.api)
     url = _url(listener)
     if config.ui:

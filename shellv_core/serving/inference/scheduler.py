@@ -130,15 +130,12 @@ class SlotRunner:
         """Read `counts` more tokens of each row, and choose the next one of each that has read its whole prompt."""
         deliveries: list[Delivery] = []
         for part, logits_BV in self._attempt(rows, counts, deliveries):
-            ready = []
-            for index, row in enumerate(part):
-                row.filled += counts[rows.index(row)]
-                if row.decodes:
-                    ready.append(index)
-                    if row.slot >= self._table.num_decoding:
-                        self._table.start_decoding(row)
+            ready = [index for index, row in enumerate(part) if row.decodes]
+            answering = [part[index] for index in ready]
+            for row in answering:
+                if row.slot >= self._table.num_decoding:
+                    self._table.start_decoding(row)
             if ready:
-                answering = [part[index] for index in ready]
                 choices = choose(logits_BV[ready], [row.answer.sampler for row in answering])
                 deliveries += [self._take(row, choice) for row, choice in zip(answering, choices, strict=True)]
         return deliveries
@@ -154,7 +151,11 @@ class SlotRunner:
         tries = 0
         while rows:
             try:
-                return [(rows, self._forward(rows, counts))]
+                logits_BV = self._forward(rows, counts)
+                # At once, for all: whatever moves rows from now on moves what they have just read as well.
+                for row, count in zip(rows, counts, strict=True):
+                    row.filled += count
+                return [(rows, logits_BV)]
             except Exception as error:  # one request's fault must not end all others
                 logger.exception("a step of %d requests failed inside the model", len(rows))
                 if not is_out_of_memory(error):
