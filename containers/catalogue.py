@@ -42,7 +42,7 @@ IMAGES = {
     image.name: image
     for image in (
         Image("control", extras=("data", "cluster")),
-        Image("train", extras=("data", "train", "amber", "mmbench"), accelerated=True),
+        Image("train", extras=("data", "train", "cluster", "amber", "mmbench"), accelerated=True),
         Image("serve", extras=("serve",), with_kfp=False),
     )
 }

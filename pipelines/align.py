@@ -34,8 +34,11 @@ def shellv_align(
     launch = {"nodes": train_nodes, "pods": place.parameters["k8s_train_job"]}
     with dsl.ExitHandler(reported(place, root_uri), name="run"):
         checks = checked(place, STAGES, settings, training)
-        data = place(prepare_data(**settings), "prepare data").after(*checks)
-        place(pretrain_projector(data_uri=data.outputs["Output"], **settings, **launch), "pretrain projector")
+        data = place(prepare_data(**checks.settings("prepare_data")), "prepare data").after(*checks.tasks)
+        projector = pretrain_projector(
+            data_uri=data.outputs["Output"], **checks.settings("pretrain_projector"), **launch
+        )
+        place(projector, "pretrain projector")
 
 
 SHELLV_ALIGN = Definition("shellv-align", "Shell-V: align a projector", shellv_align, ("training",))

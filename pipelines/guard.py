@@ -1,6 +1,7 @@
 """What surrounds the stages of every pipeline: checks before them, and a report after them, however they end."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from components.check_training.component import check_training
@@ -8,6 +9,29 @@ from components.preflight.component import preflight
 from components.report_run.component import report_run
 from pipelines.placement import Placement
 from pipelines.profile import gigabytes
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the stages wait for and go by.
+
+    Attributes:
+        tasks: that come before all others; the first is `preflight`'s.
+    """
+
+    tasks: list[Any]
+    root_uri: Any
+    preset: Any
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Inputs of `stage`'s components: no overrides but its own, so that others leave its cache alone."""
+        overrides = self.tasks[0].outputs[stage]
+        return {"root_uri": self.root_uri, "preset": self.preset, "overrides": overrides}
+
+    @property
+    def cache_salt(self) -> Any:
+        """Of evaluate."""
+        return self.tasks[0].outputs["cache_salt"]
 
 
 def reported(place: Placement, root_uri: Any) -> Any:
@@ -21,8 +45,8 @@ def checked(
     settings: dict[str, Any],
     training: dict[str, Any] | None = None,
     deploy_target: Any = "",
-) -> list[Any]:
-    """The tasks that all others wait for; the first is `preflight`'s.
+) -> Checked:
+    """Check before anything else.
 
     Args:
         stages: of the pipeline.
@@ -30,8 +54,9 @@ def checked(
         training: the memory of an accelerator and the nodes that train together; None where nothing is trained.
     """
     first = place(preflight(**settings, stages=list(stages), deploy_target=deploy_target), "preflight")
+    found = Checked([first], settings["root_uri"], settings["preset"])
     if training is None:
-        return [first]
+        return found
     fits = check_training(
         preset=settings["preset"],
         overrides=settings["overrides"],
@@ -41,4 +66,5 @@ def checked(
         pods=place.parameters["k8s_train_job"],
         scratch_gb=gigabytes(place.profile.tasks.training.scratch),
     )
-    return [first, place(fits, "check training")]
+    found.tasks.append(place(fits, "check training"))
+    return found

@@ -40,8 +40,8 @@ def shellv_evaluate(
                 data_uri=data_uri,
                 model_uri=model_uri,
                 baseline_uri=baseline_uri,
-                cache_salt=checks[0].outputs["Output"],
-                **settings,
+                cache_salt=checks.cache_salt,
+                **checks.settings("evaluate"),
             ),
             "evaluate",
         )
@@ -50,7 +50,7 @@ def shellv_evaluate(
                 model_uri=model_uri,
                 evaluation_uri=judged.outputs["Output"],
                 registered_model=registered_model,
-                **settings,
+                **checks.settings("promote"),
             ),
             "promote",
         )

@@ -44,14 +44,17 @@ def shellv(
     launch = {"nodes": train_nodes, "pods": place.parameters["k8s_train_job"]}
     with dsl.ExitHandler(reported(place, root_uri), name="run"):
         checks = checked(place, STAGES, settings, training, deploy_target)
-        data = place(prepare_data(**settings), "prepare data").after(*checks).outputs["Output"]
-        projector = place(pretrain_projector(data_uri=data, **settings, **launch), "pretrain projector")
-        inputs = {"data_uri": data, "model_uri": projector.outputs["Output"], **settings}
+        own = checks.settings
+        data = place(prepare_data(**own("prepare_data")), "prepare data").after(*checks.tasks).outputs["Output"]
+        projector = place(
+            pretrain_projector(data_uri=data, **own("pretrain_projector"), **launch), "pretrain projector"
+        )
+        inputs = {"data_uri": data, "model_uri": projector.outputs["Output"], **own("finetune"), **launch}
 
         models = {}
         for name, task_overrides in {"with HACL": [], "without HACL": WITHOUT_HACL}.items():
-            adapter = place(finetune(**inputs, **launch, task_overrides=task_overrides), f"finetune {name}")
-            merged = place(merge_lora(adapter_uri=adapter.outputs["Output"], **settings), f"merge {name}")
+            adapter = place(finetune(**inputs, task_overrides=task_overrides), f"finetune {name}")
+            merged = place(merge_lora(adapter_uri=adapter.outputs["Output"], **own("merge_lora")), f"merge {name}")
             models[name] = merged.outputs["Output"]
 
         judged = place(
@@ -59,17 +62,28 @@ def shellv(
                 data_uri=data,
                 model_uri=models["with HACL"],
                 baseline_uri=models["without HACL"],
-                cache_salt=checks[0].outputs["Output"],
-                **settings,
+                cache_salt=checks.cache_salt,
+                **own("evaluate"),
             ),
             "evaluate",
         )
-        registered = {"registered_model": registered_model, **settings}
         promoted = place(
-            promote(model_uri=models["with HACL"], evaluation_uri=judged.outputs["Output"], **registered), "promote"
+            promote(
+                model_uri=models["with HACL"],
+                evaluation_uri=judged.outputs["Output"],
+                registered_model=registered_model,
+                **own("promote"),
+            ),
+            "promote",
         )
         place(
-            deploy(data_uri=data, promotion_uri=promoted.outputs["Output"], deploy_target=deploy_target, **registered),
+            deploy(
+                data_uri=data,
+                promotion_uri=promoted.outputs["Output"],
+                registered_model=registered_model,
+                deploy_target=deploy_target,
+                **own("deploy"),
+            ),
             "deploy",
         )
 

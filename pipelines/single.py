@@ -37,12 +37,16 @@ def single(name: str) -> Definition:
     if any(each.type == "PipelineTaskFinalStatus" for each in inputs.values()):
         raise ConfigError(f"{name} reports how a pipeline run ended; it has no meaning alone.")
 
+    # What the profile has for a training component's job is a parameter about placement already.
+    placed_inputs = {"pods"} if facts.kind == "training" else set()
+
     def wire(place: Placement, **values: Any) -> None:
-        job = {"pods": place.parameters["k8s_train_job"]} if "pods" in inputs else {}
-        place(component(**values, **job), name)
+        if placed_inputs:
+            values["pods"] = place.parameters["k8s_train_job"]
+        place(component(**values), name)
 
     signature = inspect.signature(component.python_func)
-    own = [signature.parameters[key] for key in inputs if key != "pods"]
+    own = [signature.parameters[key] for key in inputs if key not in placed_inputs]
     placed = inspect.Parameter("place", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wire.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [placed, *sorted(own, key=lambda each: each.default is not inspect.Parameter.empty)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 #: Before each further line of a message, as wide as the time before the first.
 CONTINUATION = " " * 9
@@ -29,3 +30,9 @@ def setup_logging(level: int = logging.INFO) -> None:
 class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return super().formatMessage(record).replace("\n", f"\n{CONTINUATION}")
+
+
+def last_words(lines: Sequence[str], count: int = 15) -> str:
+    """Of a ``shellv`` program's log: what it said of its failure, before any launcher's report, or else the end."""
+    said = [line.removeprefix("shellv: ") for line in lines if line.startswith("shellv: ")]
+    return said[0] if said else "\n" + "\n".join(list(lines)[-count:])

@@ -41,7 +41,17 @@ def one_paragraph(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_verbs_are_frozen() -> None:
     assert set(STAGE_HELP) == set(STAGE_NAMES)
-    assert set(COMMANDS) == {"data", "model", "estimate", "score", "compare", "serve", "chat"}
+    assert set(COMMANDS) == {
+        "data",
+        "model",
+        "models",
+        "estimate",
+        "score",
+        "compare",
+        "rollback",
+        "serve",
+        "chat",
+    }
 
 
 @pytest.mark.parametrize("verb", [*STAGE_NAMES, *COMMANDS])

@@ -1,5 +1,7 @@
 """All that can be known to be wrong before a run starts."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components.base import component
@@ -13,7 +15,17 @@ def preflight(
     stages: list[str],
     report: dsl.Output[dsl.Markdown],
     deploy_target: str = "",
-) -> str:
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Settings",
+    prepare_data=list,
+    pretrain_projector=list,
+    finetune=list,
+    merge_lora=list,
+    evaluate=list,
+    promote=list,
+    deploy=list,
+    cache_salt=str,
+):
     """Check settings, object store, MLflow and disk, and report all faults at once.
 
     Args:
@@ -24,7 +36,14 @@ def preflight(
         deploy_target: Where its deploy stage deploys to; empty for what the settings say.
 
     Returns:
-        Output: Empty, or the run's id where it evaluates with a judge, so that no cached evaluation stands in.
+        prepare_data: Overrides that concern this stage; others leave its cache alone.
+        pretrain_projector: Overrides that concern this stage.
+        finetune: Overrides that concern this stage.
+        merge_lora: Overrides that concern this stage.
+        evaluate: Overrides that concern this stage.
+        promote: Overrides that concern this stage.
+        deploy: Overrides that concern this stage.
+        cache_salt: Empty, or the run's id where it evaluates with a judge, so that no cached evaluation stands in.
         report: What was checked and found.
     """
     from shellv_core.stages.task import begin_task
@@ -33,10 +52,9 @@ def preflight(
 
     from shellv_core.stages import preflight
     from shellv_core.stages.artifacts import write_text
-    from shellv_core.stages.task import run_id
 
     config = preflight.PreflightConfig(
         root_uri=root_uri, preset=preset, overrides=overrides, stages=stages, deploy_target=deploy_target
     )
     write_text(preflight.table(preflight.run(config)), report)
-    return run_id() * preflight.needs_judge(config)
+    return preflight.settings(config)

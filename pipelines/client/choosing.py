@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.compile import DEFAULT_PROFILE, PIPELINES
+
 if TYPE_CHECKING:
     from pipelines.client.compiled import CompiledPipeline
     from pipelines.client.runs import RunSettings
@@ -18,8 +20,13 @@ LOCAL_REGISTRY = "localhost/"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a pipeline."""
-    parser.add_argument("pipeline", metavar="PIPELINE", help="shellv, shellv-data ...")
-    parser.add_argument("--profile", metavar="NAME", help="cluster profile, one of pipelines/profiles or a file (cpu)")
+    parser.add_argument("pipeline", metavar="PIPELINE", help=f"one of {', '.join(PIPELINES)}")
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        default=DEFAULT_PROFILE,
+        help=f"a cluster: one of pipelines/profiles, or a YAML file ({DEFAULT_PROFILE})",
+    )
     parser.add_argument("--locked", action="store_true", help="images by the digests that `make images` wrote down")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever was computed before")
 

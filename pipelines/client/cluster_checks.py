@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
@@ -37,21 +36,17 @@ def cluster_checks(namespace: str) -> list[Check]:
 
 
 def _core() -> Any:
-    from kubernetes import client, config
-    from kubernetes.config import ConfigException
+    from kubernetes.client import CoreV1Api
+
+    from shellv_core.cluster.connection import Cluster
+    from shellv_core.errors import ClusterError
 
     try:
-        if "KUBERNETES_SERVICE_HOST" in os.environ:
-            config.load_incluster_config()
-        else:
-            config.load_kube_config()
-    except (ConfigException, OSError) as error:
-        raise NotChecked(
-            f"no access to Kubernetes ({str(error).splitlines()[0]})", "set KUBECONFIG, or run this in the cluster."
-        ) from None
-    settings = client.Configuration.get_default_copy()
-    settings.retries = False
-    return client.CoreV1Api(client.ApiClient(settings))
+        # Without its retries: a person waits for the table.
+        return CoreV1Api(Cluster().api)
+    except ClusterError as error:
+        why, _, remedy = str(error).partition("). ")
+        raise NotChecked(f"{why})", remedy) from None
 
 
 def _asked(ask: Callable[[], Any], what: str) -> Any:

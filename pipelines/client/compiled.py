@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import shellv_core
-from pipelines.compile import PIPELINES, compiled_yaml
-from shellv_core.config import nearest
-from shellv_core.errors import ConfigError
+from pipelines.compile import DEFAULT_PROFILE, compiled_yaml
 
 HASH_DIGITS = 12
 
@@ -100,17 +98,14 @@ class CompiledPipeline:
         return CompiledPipeline(self.name, yaml.safe_dump_all(documents, sort_keys=True))
 
 
-def compiled(name: str, profile: str | None = None, lock: Path | None = None) -> CompiledPipeline:
+def compiled(name: str, profile: str = DEFAULT_PROFILE, lock: Path | None = None) -> CompiledPipeline:
     """The pipeline `name`, compiled now.
 
     Args:
-        profile: cluster profile; None for the default.
+        profile: name of one of ``pipelines/profiles``, or the path of a YAML file.
         lock: lock file whose digests name the images; None names them by registry and tag.
 
     Raises:
         ConfigError: if there is no such pipeline or profile, with the nearest name, or the lock file cannot be used.
     """
-    if name not in PIPELINES:
-        raise ConfigError(f"unknown pipeline {name!r}; {nearest(name, PIPELINES)}")
-    chosen: dict[str, Any] = {"profile": profile, "lock": lock}
-    return CompiledPipeline(name, compiled_yaml(name, **{key: value for key, value in chosen.items() if value}))
+    return CompiledPipeline(name, compiled_yaml(name, profile, lock))

@@ -176,6 +176,11 @@ class Cluster:
             except ApiException as error:
                 fault: ClusterError = refusal(self, method, path, error)
                 again = error.status in RETRIED_STATUSES
+                if not error.status:
+                    # What goes wrong with TLS comes in this shape.
+                    reason = " ".join(str(error.reason).split())
+                    fault = ClusterError(f"the Kubernetes API at {self.host} does not answer ({reason}).")
+                    again = "CERTIFICATE_VERIFY_FAILED" not in reason
             except (HTTPError, OSError) as error:
                 fault = ClusterError(f"the Kubernetes API at {self.host} does not answer ({_short(error)}).")
                 again = True
@@ -189,8 +194,11 @@ class Cluster:
 
 def _connect() -> tuple[ApiClient, str]:
     """A client, and the namespace that its credentials come with."""
-    from kubernetes import config
-    from kubernetes.client import ApiClient, Configuration
+    try:
+        from kubernetes import config
+        from kubernetes.client import ApiClient, Configuration
+    except ImportError:
+        raise ClusterError("the package kubernetes is not installed here; install the extra 'cluster'.") from None
 
     settings = Configuration()
     try:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from types import FrameType
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from shellv_core.cluster.connection import PODS, ApiError, Cluster
 from shellv_core.cluster.following import follow
 from shellv_core.cluster.logs import FollowedLog
 from shellv_core.cluster.pods import explain, faults
+from shellv_core.cluster.termination import sigterm_raises
 from shellv_core.cluster.train_job import DIGEST_ANNOTATION, NODE, RUN_LABEL, TRAIN_JOBS, pod_labels, run_label
-from shellv_core.errors import ClusterError, Preempted, TrainingError
-from shellv_core.logs import get_logger
+from shellv_core.errors import ClusterError, TrainingError
+from shellv_core.logs import get_logger, last_words
 
 logger = get_logger(__name__)
 
@@ -35,7 +34,7 @@ def run_job(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
             and the next try takes it over.
     """
     name = manifest["metadata"]["name"]
-    with _sigterm_raises(name):
+    with sigterm_raises(f"stopped, the TrainJob {name} deleted; run again to go on from its last checkpoint."):
         _create_or_take_over(cluster, manifest)
         try:
             with FollowedLog(cluster, pod_labels(name), NODE) as log:
@@ -49,10 +48,8 @@ def run_job(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
         reasons = "" if end["type"] == "Complete" else _reasons(cluster, name)
         cluster.delete(TRAIN_JOBS, name)
     if end["type"] != "Complete":
-        raise TrainingError(
-            f"the TrainJob {name} failed: {end.get('reason', '')}: {end.get('message', '')}"
-            f"{reasons}\nIts log ends:\n" + ("\n".join(log.tail) or "(no line came)")
-        )
+        why = ": ".join(filter(None, (end.get("reason"), end.get("message"))))
+        raise TrainingError(f"the TrainJob {name} failed ({why}){reasons}\nIts log: {last_words(list(log.tail))}")
     logger.info("TrainJob %s: complete", name)
 
 
@@ -76,7 +73,9 @@ def _create_or_take_over(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
             logger.info("TrainJob %s: created in namespace %s", name, cluster.namespace)
             return
         except ApiError as error:
-            if error.status != 409:
+            if error.status == HTTPStatus.NOT_FOUND:
+                raise ClusterError(f"{error} Is Kubeflow Trainer installed, and is there such a namespace?") from None
+            if error.status != HTTPStatus.CONFLICT:
                 raise
         found = cluster.get(TRAIN_JOBS, name)
         if found is None:
@@ -139,23 +138,3 @@ def _reasons(cluster: Cluster, name: str) -> str:
         found = faults(cluster.list(PODS, labels=f"jobset.sigs.k8s.io/jobset-name={name}"))
         return "\n" + explain(cluster, found) if found else ""
     return ""
-
-
-@contextlib.contextmanager
-def _sigterm_raises(name: str) -> Iterator[None]:
-    """Within it SIGTERM is an exception, in the main thread alone, which takes signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # Kubernetes kills later; a second request must not cut the deletion off.
-        raise Preempted(
-            f"stopped; the TrainJob {name} is deleted, and goes on from its last checkpoint when run again."
-        )
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import sys
 import threading
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from shellv_core.cluster.connection import PODS, Cluster
+from shellv_core.cluster.connection import PODS, ApiError, Cluster
 from shellv_core.cluster.pods import open_log
 from shellv_core.errors import ClusterError
 from shellv_core.logs import get_logger
@@ -20,7 +21,7 @@ logger = get_logger(__name__)
 PAUSE_SECONDS = 2.0
 #: After the job's end: what is left of the log comes within this time, or not at all.
 DRAIN_SECONDS = 30.0
-TAIL_LINES = 15
+KEPT_LINES = 200
 
 
 class FollowedLog:
@@ -32,8 +33,8 @@ class FollowedLog:
 
     def __init__(self, cluster: Cluster, labels: str, container: str) -> None:
         self._cluster, self._labels, self._container = cluster, labels, container
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._finishing = threading.Event()
+        self.tail: deque[str] = deque(maxlen=KEPT_LINES)
+        self._finishing, self._abandoned = threading.Event(), threading.Event()
         self._read: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
 
@@ -47,13 +48,13 @@ class FollowedLog:
         self._finishing.set()
         if kind is None:
             self._thread.join(DRAIN_SECONDS)
+        self._abandoned.set()
 
     def _run(self) -> None:
         from urllib3.exceptions import HTTPError
 
-        position = _Position()
-        pod = ""
-        while True:
+        position, pod = _Position(), ""
+        while not self._abandoned.is_set():
             last = self._finishing.is_set()
             try:
                 newest = self._newest()
@@ -66,12 +67,14 @@ class FollowedLog:
                         sys.stderr.write(f"{line}\n")
                     if newest["status"]["phase"] != "Running":
                         self._read.add(pod)
+                if last:
+                    return
             except (ClusterError, HTTPError, OSError) as error:
+                if isinstance(error, ApiError) and error.status == http.client.FORBIDDEN:
+                    logger.warning("the job runs, its log cannot be shown: %s", error)
+                    return
                 logger.debug("the log of %s was cut off: %s", pod or self._labels, error)
-                if last and self._finishing.wait(PAUSE_SECONDS) and not isinstance(error, ClusterError):
-                    continue
-            if last:
-                return
+                self._abandoned.wait(PAUSE_SECONDS if last else 0)
             self._finishing.wait(PAUSE_SECONDS)
 
     def _newest(self) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 from shellv_core.cluster.connection import DEPLOYMENTS, PODS, Cluster
 from shellv_core.cluster.following import follow
 from shellv_core.cluster.pods import Fault, explain, faults
+from shellv_core.cluster.termination import sigterm_raises
 from shellv_core.errors import ClusterError, ServingError
 from shellv_core.logs import get_logger
 
@@ -43,9 +44,9 @@ def rolled_out(
 ) -> Iterator[str]:
     """Serve `version` from the canary while the context is open, and from the stable Deployment `name` after it.
 
-    An error inside the context, or of the stable rollout, leaves the stable Deployment at the version that it had, and
-    the canary at no replicas. Entered again after a kill it goes on; where the version is stable already, nothing is
-    rolled out.
+    SIGTERM, an error inside the context or one of the stable rollout leaves the stable Deployment at the version that
+    it had, and the canary at no replicas. Entered again after a kill it goes on; where the version is stable already,
+    nothing is rolled out.
 
     Args:
         timeout_seconds: the longest time for each of the two rollouts.
@@ -57,6 +58,7 @@ def rolled_out(
     Raises:
         ClusterError: if a Deployment is missing, or the API refuses or does not answer.
         ServingError: if a rollout fails, with what its pods say.
+        Preempted: on SIGTERM.
     """
     canary = f"{name}{CANARY_SUFFIX}"
     stable_now, canary_now = _existing(cluster, name), _existing(cluster, canary)
@@ -70,11 +72,12 @@ def rolled_out(
         # An earlier try was killed in the middle of the switch.
         before = stable_now["metadata"].get("annotations", {}).get(PREVIOUS_ANNOTATION)
     try:
-        cluster.apply(DEPLOYMENTS, _manifest(canary, version, replicas=1), MANAGER)
-        await_rollout(cluster, canary, version, timeout_seconds)
-        check(canary)
-        yield canary
-        _switch(cluster, name, version, before, timeout_seconds, check)
+        with sigterm_raises(f"stopped, {canary} removed; run again to roll {version.model} out."):
+            cluster.apply(DEPLOYMENTS, _manifest(canary, version, replicas=1), MANAGER)
+            await_rollout(cluster, canary, version, timeout_seconds)
+            check(canary)
+            yield canary
+            _switch(cluster, name, version, before, timeout_seconds, check)
     finally:
         # The error that led here is the one to report.
         with contextlib.suppress(ClusterError):

@@ -110,6 +110,8 @@ def save_model(
     # A model that was not loaded from such names is saved without CLIP's "vision_model", which vLLM's LLaVA needs.
     settings: Any = model
     settings._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # Who is told to write does so: of several machines each has files of its own, and not only the first process.
+    settings.should_save_on_this_rank = bool
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     if isinstance(model.model.vision_tower, EfficientNetLiteModel):

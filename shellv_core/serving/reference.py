@@ -3,6 +3,8 @@
 /path/to/model                      a model directory
 s3://bucket/merge, file:///merge    the output of merge_lora or pretrain_projector
 models:/NAME@ALIAS, models:/NAME/3  a registered version, whose source is such an output
+
+An adapter is named the same way: by its folder, or by the output of finetune.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from shellv_core.storage import InputDirectory, local_path, sha256_of
 from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
 
 MODEL_PREFIX, ADAPTER_PREFIX = "model", "adapter"
-ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -29,8 +31,7 @@ class NotRegisteredError(ServingError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model, or an adapter, on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and
-    contents."""
+    """A model on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and contents."""
 
     path: Path
     name: str
@@ -60,29 +61,28 @@ def fetch_model(reference: str) -> ModelFiles:
     if "://" not in reference:
         return _folder(Path(reference))
     folder = local_path(reference)
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None and (folder / MODEL_FILE).is_file():
         return _folder(folder)
     return _committed(reference, reference.rstrip("/").rpartition("/")[2])
 
 
 def fetch_adapter(reference: str) -> ModelFiles:
-    """Bring a LoRA adapter to this machine, verified.
-
-    Args:
-        reference: its directory, or the s3:// or file:// address of finetune's output.
+    """Bring the LoRA adapter that `reference`, a folder or an output of finetune, names to this machine, verified.
 
     Raises:
-        ServingError: if there is no adapter.
-        StorageError: if the output cannot be read.
+        ServingError: if the reference names no adapter.
+        StorageError: if a stage's output cannot be read.
     """
     folder = Path(reference) if "://" not in reference else local_path(reference)
-    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
-        return _hashed(folder.absolute())
-    if "://" not in reference:
-        raise ServingError(
-            f"{reference} is not an adapter's directory (it has no {ADAPTER_CONFIG}). Give one, or the s3:// or file://"
-            " address of finetune's output."
-        )
+    if folder is not None:
+        for path in (folder, folder / ADAPTER_PREFIX):
+            if (path / ADAPTER_FILE).is_file():
+                return _read_folder(path.absolute(), reference.rstrip("/").rpartition("/")[2])
+        if "://" not in reference:
+            raise ServingError(
+                f"{reference} is not an adapter (it has no {ADAPTER_FILE}). Give an adapter's folder, or the s3:// or"
+                " file:// address of a finetune output."
+            )
     return _committed(reference, reference.rstrip("/").rpartition("/")[2], ADAPTER_PREFIX)
 
 
@@ -132,12 +132,12 @@ def registered_revision(source: RegisteredSource) -> str:
     Raises:
         StorageError: if its output cannot be read.
     """
-    with _opened(source.uri) as output:
-        return _revision(_entries(output))
+    with _opened(source.uri, MODEL_PREFIX) as output:
+        return _revision(_entries(output, MODEL_PREFIX))
 
 
 @contextlib.contextmanager
-def _opened(uri: str) -> Iterator[InputDirectory]:
+def _opened(uri: str, prefix: str) -> Iterator[InputDirectory]:
     uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
@@ -145,38 +145,41 @@ def _opened(uri: str) -> Iterator[InputDirectory]:
             output = InputDirectory(uri)
         except ObjectNotFoundError:
             # A registered version may name the model inside the output.
-            output = InputDirectory(uri.removesuffix(f"/{MODEL_PREFIX}"))
+            output = InputDirectory(uri.removesuffix(f"/{prefix}"))
         yield output
 
 
 def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
-    with _opened(uri) as output:
-        path = output.fetch_tree(prefix)
-        return ModelFiles(path, name, _revision(_entries(output, prefix)))
+    with _opened(uri, prefix) as output:
+        entries = _entries(output, prefix)
+        if not entries:
+            made = "merge_lora or pretrain_projector" if prefix == MODEL_PREFIX else "finetune with LoRA"
+            raise ServingError(f"{uri} holds no {prefix}/; give an output of {made}.")
+        return ModelFiles(output.fetch_tree(prefix), name, _revision(entries))
 
 
-def _entries(output: InputDirectory, prefix: str = MODEL_PREFIX) -> list[tuple[str, str]]:
+def _entries(output: InputDirectory, prefix: str) -> list[tuple[str, str]]:
     return [(entry.name.removeprefix(f"{prefix}/"), entry.sha256) for entry in output.files(f"{prefix}/")]
 
 
 def _folder(path: Path) -> ModelFiles:
     path = path.absolute()
-    if not (path / "config.json").is_file():
+    if not (path / MODEL_FILE).is_file():
         raise ServingError(
-            f"{path} is not a model directory (it has no config.json). Give a model directory, the s3:// or file://"
+            f"{path} is not a model directory (it has no {MODEL_FILE}). Give a model directory, the s3:// or file://"
             " address of a merge_lora output, or models:/NAME@ALIAS."
         )
-    return _hashed(path)
-
-
-def _hashed(path: Path) -> ModelFiles:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    entries = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
-    return ModelFiles(path, _folder_name(path), _revision(entries))
+    return _read_folder(path, _folder_name(path))
 
 
 def _folder_name(path: Path) -> str:
-    return path.parent.name if path.name in (MODEL_PREFIX, ADAPTER_PREFIX) else path.name
+    return path.parent.name if path.name == MODEL_PREFIX else path.name
+
+
+def _read_folder(path: Path, name: str) -> ModelFiles:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    entries = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
+    return ModelFiles(path, name, _revision(entries))
 
 
 def _revision(entries: list[tuple[str, str]]) -> str:

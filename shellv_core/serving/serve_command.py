@@ -7,8 +7,9 @@ from pathlib import Path
 
 DEFAULT_PORT = 8000
 DEFAULT_OPERATIONS_PORT = 8001
-QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "nf4", "int8")
+BATCHINGS = ("slots", "serial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " followed",
     )
     what.add_argument(
-        "--config", type=Path, metavar="FILE", help="many models, as docs/serving.md describes; read again at SIGHUP"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="many models, as docs/serving.md describes, with all that is said of one here; read again at SIGHUP",
     )
     parser.add_argument("--pin", action="store_true", help="keep the version that the alias names at the start")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=REFERENCE",
-        help="a LoRA adapter, served as a model NAME; repeat for more",
-    )
     parser.add_argument("--name", help="model id for clients (default: the reference's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (default: %(default)s)")
@@ -55,10 +52,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch pictures by https from this host, or from *.DOMAIN; repeat for more (default: from nowhere)",
     )
     parser.add_argument(
-        "--device", default="cpu", help="cuda, cuda:1, mps, or auto for all GPUs together (default: %(default)s)"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=REFERENCE",
+        help="a LoRA adapter beside the model, under an id of its own: its folder, or a finetune output; repeatable",
     )
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="hold the language model in 4 or 8 bits")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the model runs: cpu, cuda, mps, or auto for all GPUs together (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="language model in 4 bits (nf4) or 8 (int8) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batching",
+        choices=BATCHINGS,
+        default="slots",
+        help="requests side by side, or one after the other (default: %(default)s)",
+    )
+    parser.add_argument("--slots", type=int, default=16, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--no-ui", action="store_true", help="serve the API without the chat page")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="stop when the standard input ends, as it does with a parent"
@@ -75,14 +93,13 @@ def main(args: argparse.Namespace) -> int:
     from shellv_core.serving.http.config import ApiConfig, RequestLimits
     from shellv_core.serving.remote_images import RemoteImageConfig
     from shellv_core.serving.server import ServeConfig, serve
+    from shellv_core.serving.transformers_engine import EngineConfig
 
     remote = build_config(RemoteImageConfig, {"hosts": args.image_host})
     config = ServeConfig(
         models_file=args.config,
         model=args.model or "",
         follow=not args.pin,
-        adapters=dict(_named(each) for each in args.adapter),
-        quantization=args.quantization,
         name=args.name,
         host=args.host,
         port=args.port,
@@ -94,15 +111,26 @@ def main(args: argparse.Namespace) -> int:
         ui=not args.no_ui,
         device=args.device,
         dtype=args.dtype,
+        quantization=None if args.quantization == "none" else args.quantization,
+        adapters=_named(args.adapter),
+        engine=build_config(EngineConfig, {"batching": args.batching, "slots": args.slots}),
     )
     serve(config, until_stdin_closes=args.until_stdin_closes)
     return 0
 
 
-def _named(text: str) -> tuple[str, str]:
+def _named(pairs: list[str]) -> dict[str, str]:
+    """References by name from ``NAME=REFERENCE``."""
     from shellv_core.errors import ConfigError
 
-    name, separator, reference = text.partition("=")
-    if not (name and separator and reference):
-        raise ConfigError(f"--adapter {text!r} is not of the form NAME=REFERENCE.")
-    return name, reference
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, _, reference = pair.partition("=")
+        if not name or not reference:
+            raise ConfigError(
+                f"--adapter {pair!r} is not of the form NAME=REFERENCE, for example --adapter hacl=adapter/."
+            )
+        if name in named:
+            raise ConfigError(f"--adapter names {name!r} twice; every adapter needs a name of its own.")
+        named[name] = reference
+    return named

@@ -19,10 +19,11 @@ from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.models.config import Quantization
 from shellv_core.serving.api import ApiConfig, create_app
-from shellv_core.serving.gateway.config import DType, ModelEntry, ModelsFile, read_models
+from shellv_core.serving.gateway.config import ModelEntry, ModelsFile, read_models
 from shellv_core.serving.gateway.models import GatewayModels
 from shellv_core.serving.http.keys import Keys
 from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
+from shellv_core.serving.inference.loading import Dtype
 from shellv_core.serving.models import Models
 from shellv_core.serving.reference import reference_name
 from shellv_core.serving.transformers_engine import EngineConfig
@@ -39,7 +40,7 @@ class ServeConfig(Config):
         model: a reference as in `shellv_core.serving.reference`.
         name: the id that clients use; None takes the reference's.
         follow: take up whatever an alias names later.
-        adapters: model id -> LoRA adapter.
+        adapters: LoRA adapters beside the model, unmerged: references as in `fetch_adapter`, by the id for clients.
         host: the address to listen on; other than loopback it takes `keys`, or `open_to_all`.
         port: 0 takes a free one.
         operations_host: where metrics, load and commands are; loopback, unless a network around keeps others out.
@@ -47,7 +48,8 @@ class ServeConfig(Config):
         keys: file of keys, made by ``shellv key new``; without one, everyone who reaches the port may ask.
         open_to_all: listen on other than loopback without keys, as behind a gateway that asks for them.
         ui: whether the chat page is mounted at ``/ui``.
-        device: where the model runs, as torch spells it.
+        device: where the model runs, as torch spells it; ``auto`` for all GPUs of this machine together.
+        quantization: the language model's linear layers in 4 bits (nf4) or 8 (int8).
     """
 
     models_file: Path | None = None
@@ -63,7 +65,7 @@ class ServeConfig(Config):
     open_to_all: bool = False
     ui: bool = True
     device: str = "cpu"
-    dtype: DType = "float32"
+    dtype: Dtype = "float32"
     quantization: Quantization | None = None
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from shellv_core.config import Config, build_config
 from shellv_core.errors import ConfigError, Preempted, TrainingError
-from shellv_core.logs import get_logger
+from shellv_core.logs import get_logger, last_words
 from shellv_core.stages.presets import stage_module
 from shellv_core.stages.runner import (
     CHECKPOINTS_BESIDE_OUTPUT,
@@ -44,7 +44,7 @@ TRAINING_STAGES = ("pretrain_projector", "finetune")
 TRACKING_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 #: A stop lets the processes write a checkpoint; torchrun would kill them after 30 seconds.
 SHUTDOWN_SECONDS = 600
-TAIL_LINES = 15
+KEPT_LINES = 200
 #: How torchrun reports a process that ended with `Preempted.CODE`.
 _PREEMPTED = re.compile(rf"exitcode\s*:\s*{Preempted.CODE}\b")
 
@@ -219,7 +219,7 @@ def _torchrun(stage: str, config: StageConfig, processes: int) -> None:
         return
     if stopped or any(_PREEMPTED.search(line) for line in lines):
         raise Preempted(f"{stage} was asked to stop and goes on from its last checkpoint when it is run again.")
-    raise TrainingError(f"{stage} failed in {processes} processes: {_message(lines)}")
+    raise TrainingError(f"{stage} failed in {processes} processes: {last_words(lines)}")
 
 
 def settings_arguments(config: Config) -> list[str]:
@@ -249,7 +249,7 @@ def _run_and_show(command: Sequence[str], environment: dict[str, str]) -> tuple[
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     )
-    lines: deque[str] = deque(maxlen=200)
+    lines: deque[str] = deque(maxlen=KEPT_LINES)
     with _forwarding(process) as stopped, process:
         assert process.stderr is not None  # noqa: S101 - for mypy
         for line in process.stderr:
@@ -281,9 +281,3 @@ def _forwarding(process: subprocess.Popen[str]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _message(lines: Sequence[str]) -> str:
-    """What the process that failed said of it."""
-    said = [line.removeprefix("shellv: ") for line in lines if line.startswith("shellv: ")]
-    return said[0] if said else "\n" + "\n".join(list(lines)[-TAIL_LINES:])

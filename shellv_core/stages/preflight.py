@@ -5,8 +5,10 @@ Needs no GPU and no GPU library. The memory of training is `check_training`'s, w
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -14,6 +16,7 @@ from shellv_core.config import Config
 from shellv_core.errors import ConfigError, DiskFullError, ShellVError
 from shellv_core.logs import get_logger
 from shellv_core.stages import STAGE_NAMES
+from shellv_core.stages.task import run_id
 
 logger = get_logger(__name__)
 GIGA = 1e9
@@ -71,11 +74,11 @@ def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
     findings, errors = [], []
     for name, check in checks.items():
         try:
-            findings.append(Finding(name=name, found=check()))
+            findings.append(Finding(name=name, found=_without_passwords(check())))
             logger.info("preflight: %s: %s", name, findings[-1].found)
         except ShellVError as error:
             errors.append(error)
-            findings.append(Finding(name=name, fault=str(error)))
+            findings.append(Finding(name=name, fault=_without_passwords(str(error))))
     if errors:
         kind = ConfigError if all(isinstance(error, ConfigError) for error in errors) else ShellVError
         faults = [f"{each.name}: {each.fault}" for each in findings if each.fault]
@@ -83,11 +86,33 @@ def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
     return findings
 
 
-def needs_judge(config: PreflightConfig) -> bool:
-    """Whether the run evaluates with a judge, whose words may differ from one time to the next."""
-    from shellv_core.stages.presets import stage_config
+class Settings(NamedTuple):
+    """What the tasks after this one get.
 
-    return "evaluate" in config.stages and bool(stage_config(config.preset, "evaluate", config.overrides).judge_uri)
+    Attributes:
+        cache_salt: what keeps a cached evaluation from standing in: the run's id with a judge, who may decide anew.
+
+    The others are the overrides that concern a stage: a workflow engine that knows a task by its inputs then takes it
+    from its cache whatever else is overridden.
+    """
+
+    prepare_data: list[str]
+    pretrain_projector: list[str]
+    finetune: list[str]
+    merge_lora: list[str]
+    evaluate: list[str]
+    promote: list[str]
+    deploy: list[str]
+    cache_salt: str
+
+
+def settings(config: PreflightConfig) -> Settings:
+    """What the tasks of the run get."""
+    from shellv_core.stages.presets import overrides_of, stage_config
+
+    judged = "evaluate" in config.stages and stage_config(config.preset, "evaluate", config.overrides).judge_uri
+    of_stages = {stage: overrides_of(stage, config.overrides) for stage in STAGE_NAMES}
+    return Settings(**of_stages, cache_salt=run_id() if judged else "")
 
 
 def table(findings: Iterable[Finding]) -> str:
@@ -152,7 +177,7 @@ def _check_tracking() -> str:
             f"MLflow at {tracking_uri()} has no model registry that answers ({str(error).splitlines()[0]}). Give it a"
             " database as its backend store."
         ) from None
-    return f"{_without_password(tracking_uri())} answers, with its model registry"
+    return f"{tracking_uri()} answers, with its model registry"
 
 
 def _check_disk(min_free_gb: float) -> str:
@@ -170,8 +195,5 @@ def _check_disk(min_free_gb: float) -> str:
     return f"{free:.1f} GB free at {folder}"
 
 
-def _without_password(address: str) -> str:
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
+def _without_passwords(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://", text)

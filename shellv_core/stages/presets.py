@@ -271,6 +271,11 @@ def stage_config(preset_name: str, stage: str, overrides: Sequence[str] = (), **
     return build_config(type(config), {**config.model_dump(), **given})
 
 
+def overrides_of(stage: str, overrides: Sequence[str]) -> list[str]:
+    """Those of `overrides` that concern `stage`, in their order."""
+    return [each for override in overrides for each in _spread(override) if each.startswith(f"{stage}.")]
+
+
 def stage_module(name: str) -> Any:
     """The module of stage `name`, with its ``run``."""
     return importlib.import_module(f"shellv_core.stages.{name}")

@@ -8,6 +8,7 @@ import yaml
 
 from shellv_core.cluster import connection, following, logs
 from shellv_core.cluster.connection import Cluster
+from shellv_core.cluster.permissions import PERMISSIONS
 from tests.cluster.kubernetes_api import KubernetesApi
 from tests.cluster.kubernetes_http import TOKEN, serving
 
@@ -25,6 +26,10 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
         monkeypatch.setattr(following, "PAUSE_SECONDS", 0.001)
         monkeypatch.setattr(logs, "PAUSE_SECONDS", 0.01)
         yield stand_in
+    allowed = {(each.group, each.resource, verb) for each in PERMISSIONS for verb in each.verbs}
+    # From outside of the cluster alone, see there.
+    allowed |= {("", "services/proxy", verb) for verb in ("get", "create")}
+    assert set(stand_in.asked) <= allowed, "the account of pipeline tasks could not do this"
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ class KubernetesApi:
         faults: for the next requests other than watches and logs: an HTTP status, or "reset" for a cut connection.
         cuts: for the next watches and followed logs: break off after so many lines (a watch's in the middle of one).
         forbidden: verb and resource that the account lacks.
+        absent: kinds that nobody has installed.
         asked: how often each (group, resource, verb) was.
         reads: how often each (plural, name) was read.
         changed: called with every object that was written.
@@ -71,6 +72,7 @@ class KubernetesApi:
         self.faults: deque[int | str] = deque()
         self.cuts: deque[int] = deque()
         self.forbidden: set[tuple[str, str]] = set()
+        self.absent: set[str] = set()
         self.asked: Counter[tuple[str, str, str]] = Counter()
         self.reads: Counter[Key] = Counter()
         self.changed: Callable[[Key], None] = lambda key: None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
 import urllib.error
@@ -47,9 +48,10 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
             parts = urlsplit(self.path)
             query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
             match = ADDRESS.fullmatch(parts.path)
-            if self.headers.get("authorization") != f"Bearer {TOKEN}":
+            scheme, _, token = self.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or token != TOKEN:
                 raise Refusal(401, "Unauthorized", "Unauthorized")
-            if match is None or match["plural"] not in KNOWN:
+            if match is None or match["plural"] not in KNOWN - api.absent:
                 raise Refusal(404, "NotFound", "the server could not find the requested resource")
             plural, name, sub = match["plural"], match["name"], match["sub"]
             watch = query.get("watch") in ("true", "True")
@@ -152,13 +154,15 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def serving(api: KubernetesApi) -> Iterator[str]:
-    """`api` at an address of this machine."""
+def serving(api: KubernetesApi, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """`api` at an address of this machine, with `tls` by HTTPS."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(api))
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
     finally:
         api.closing = True
         server.shutdown()

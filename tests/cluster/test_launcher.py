@@ -183,11 +183,11 @@ def test_a_failed_job_says_why_and_is_deleted(api, cluster):
     with pytest.raises(TrainingError) as caught:
         running.end()
     said = str(caught.value)
-    assert f"the TrainJob {NAME} failed: DeadlineExceeded: longer than 3600 s" in said
+    assert f"the TrainJob {NAME} failed (DeadlineExceeded: longer than 3600 s)" in said
     assert "OOMKilled (it needs more memory than its limit)" in said
     assert "event: Evicted: the node was low on memory" in said
     assert "log: allocating 90 GB" in said
-    assert said.endswith("step 7\nshellv: training cannot go on")
+    assert said.endswith("Its log: training cannot go on")
     assert ("trainjobs", NAME) not in api.objects
 
 
@@ -277,6 +277,17 @@ def test_the_jobs_of_a_run_are_deleted_and_no_others(api, cluster):
     assert delete_jobs(RUN) == []
 
 
+def test_a_log_that_may_not_be_read_is_said_once_and_the_job_goes_on(api, cluster, caplog):
+    api.forbidden.add(("get", "pods/log"))
+    api.put("pods", pod())
+    running = Running(cluster)
+    created(api)
+    until(lambda: "its log cannot be shown" in caplog.text)
+    api.set_status("trainjobs", NAME, **condition("Complete"))
+    running.end()
+    assert api.asked["", "pods/log", "get"] == 1
+
+
 def test_refusals_in_one_line(api, cluster, monkeypatch, tmp_path):
     api.forbidden.add(("create", "trainjobs"))
     with pytest.raises(
@@ -291,6 +302,12 @@ def test_refusals_in_one_line(api, cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(ClusterError, match=r"no credentials for a cluster .*KUBECONFIG"):
         Cluster()
+
+
+def test_a_cluster_without_kubeflow_trainer(api, cluster):
+    api.absent.add("trainjobs")
+    with pytest.raises(ClusterError, match=r"could not find the requested resource.* Is Kubeflow Trainer installed"):
+        run_job(cluster, manifest())
 
 
 def test_a_name_that_the_api_refuses_is_told(api, cluster):

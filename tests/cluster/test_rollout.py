@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from shellv_core.cluster import rollout
 from shellv_core.cluster.connection import APPLY, DEPLOYMENTS, ApiError, Cluster
 from shellv_core.config import build_config
 from shellv_core.endpoint.client import user_message
-from shellv_core.errors import ClusterError, ServingError
+from shellv_core.errors import ClusterError, Preempted, ServingError
 from shellv_core.stages import deployers
 from shellv_core.stages.deploy import DeployConfig
 from shellv_core.stages.deployers import DEPLOYERS, Champion
@@ -224,6 +226,17 @@ def test_a_stage_that_was_killed_in_the_switch_still_knows_what_to_go_back_to(ap
     Cluster().apply(DEPLOYMENTS, switch, rollout.MANAGER)
     with pytest.raises(ServingError, match="shellv-serve is back at models:/shellv/2"):
         deploy(3)
+    assert model(api, STABLE) == "models:/shellv/2"
+
+
+@pytest.mark.parametrize("track", [CANARY, STABLE])
+def test_sigterm_leaves_nothing_behind(api, controller, caplog, track):
+    deploy(2)
+    controller.behaviours[track, "models:/shellv/3"] = "slow"
+    _later(caplog, f"{track}: 0/", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match="run again to roll models:/shellv/3 out"):
+        deploy(3)
+    assert controller.answering == {STABLE: "models:/shellv/2", CANARY: None}
     assert model(api, STABLE) == "models:/shellv/2"
 
 

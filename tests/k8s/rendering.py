@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ ROOTS = [
     for path in sorted((K8S / folder).glob("*/kustomization.yaml"))
 ]
 OVERLAYS = [root for root in ROOTS if "/overlays/" in root]
+# Those with Deployments of our own.
+SERVERS = [root for root in OVERLAYS if root.rpartition("/")[2] not in ("kserve", "platform")]
+# What no overlay takes, each with the overlay `cpu`.
+OPTIONAL = [f"k8s/components/{name}" for name in ("gateway", "ingress", "queue-scaling")]
 Manifest = dict[str, Any]
 
 
@@ -33,13 +39,23 @@ def kubectl() -> str:
 
 
 def render(root: str) -> list[Manifest]:
-    """The objects of one root, as fresh copies."""
+    """The objects of one root, or of an optional component with its overlay, as fresh copies."""
     return copy.deepcopy(_rendered(root))
 
 
 @functools.cache
 def _rendered(root: str) -> list[Manifest]:
-    done = subprocess.run([kubectl(), "kustomize", str(REPOSITORY / root)], capture_output=True, text=True, timeout=60)
+    if root not in OPTIONAL:
+        return _kustomize(REPOSITORY / root)
+    with tempfile.TemporaryDirectory() as folder:
+        cpu, component = (os.path.relpath(REPOSITORY / each, folder) for each in ("k8s/overlays/cpu", root))
+        text = yaml.safe_dump({"namespace": "shellv", "resources": [cpu], "components": [component]})
+        (Path(folder) / "kustomization.yaml").write_text(text)
+        return _kustomize(Path(folder))
+
+
+def _kustomize(folder: Path) -> list[Manifest]:
+    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 

@@ -10,7 +10,7 @@ from tests.k8s.network import Peer, may_talk, peer_of
 from tests.k8s.rendering import REPOSITORY, Manifest, render
 
 DOCUMENT = (REPOSITORY / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-PORTS = (53, 80, 443, 5000, 5432, 6443, 8000, 8080, 8333, 8887, 8888, 8889, 9333, 29500)
+PORTS = (53, 80, 443, 5000, 5432, 6443, 8000, 8001, 8080, 8333, 8887, 8888, 8889, 9333, 29500)
 
 
 # What the stores of `dev` stand in for.

@@ -9,10 +9,10 @@ import pytest
 
 from shellv_core import __version__
 from tests.k8s.policies import POLICIES, SECRET_VALUE
-from tests.k8s.rendering import K8S, OVERLAYS, ROOTS, Manifest, named, of_kind, pods, render
+from tests.k8s.rendering import K8S, OPTIONAL, OVERLAYS, ROOTS, SERVERS, Manifest, named, of_kind, pods, render
 
 
-@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("root", [*ROOTS, *OPTIONAL])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__.removeprefix("faults_of_"))
 def test_overlays_keep_the_policies(policy: Callable[[list[Manifest]], Any], root: str) -> None:
     assert not list(policy(render(root)))
@@ -82,7 +82,7 @@ def change(objects: list[Manifest], what: str, value: Any) -> None:
     ],
 )
 def test_a_broken_policy_is_seen(what: str, value: Any, fault: str) -> None:
-    objects = render("k8s/overlays/cpu")
+    objects = render("k8s/components/ingress")
     # A label's own dots and slash are no path.
     if what.endswith("shellv.dev/track"):
         named(objects, "Deployment", "shellv-serve")["spec"]["selector"]["matchLabels"]["shellv.dev/track"] = value
@@ -158,7 +158,7 @@ def test_our_own_images_are_of_this_version(root: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if not each.endswith("kserve")])
+@pytest.mark.parametrize("root", SERVERS)
 def test_the_server_has_time_to_drain(root: str) -> None:
     from shellv_core.serving.server import DRAIN_SECONDS, FLUSH_SECONDS
 
@@ -210,7 +210,7 @@ def test_the_object_store_is_the_same_in_all_places(root: str) -> None:
     }
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if not each.endswith("dev")])
+@pytest.mark.parametrize("root", [each for each in (*SERVERS, "k8s/overlays/kserve") if not each.endswith("dev")])
 def test_a_drain_and_a_rollout_leave_a_replica(root: str) -> None:
     objects = render(root)
     if root.endswith("kserve"):

@@ -20,6 +20,7 @@ def status(url: str, host: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_mlflow_keeps_artifacts_in_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 

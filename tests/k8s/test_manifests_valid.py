@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.rendering import OVERLAYS, REPOSITORY, ROOTS, named, of_kind, pods, render
+from tests.k8s.rendering import K8S, OPTIONAL, REPOSITORY, ROOTS, SERVERS, named, of_kind, pods, render
 from tests.k8s.validation import InvalidError, validate
 
 
-@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("root", [*ROOTS, *OPTIONAL])
 def test_every_object_is_valid(root: str) -> None:
     objects = render(root)
     assert objects
@@ -24,22 +24,10 @@ def test_every_component_is_used_or_shown() -> None:
         assert f"components/{path.name}" in shown, path
 
 
-@pytest.mark.parametrize("component", ["gateway", "queue-scaling", "monitoring"])
-def test_components_that_no_overlay_has_are_valid_too(component: str, tmp_path: Any) -> None:
-    import subprocess
-
-    import yaml
-
-    from tests.k8s.rendering import kubectl
-
-    relative = "../" * len(tmp_path.parts[1:]) + str(REPOSITORY / "k8s").lstrip("/")
-    (tmp_path / "kustomization.yaml").write_text(
-        f"resources: [{relative}/base]\ncomponents: [{relative}/components/{component}]\n"
-    )
-    done = subprocess.run([kubectl(), "kustomize", str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for each in yaml.safe_load_all(done.stdout):
-        validate(each)
+def test_every_component_is_in_an_overlay_or_tested_alone() -> None:
+    taken = "".join(path.read_text() for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+    for path in (K8S / "components").iterdir():
+        assert (f"components/{path.name}\n" in taken) != (f"k8s/components/{path.name}" in OPTIONAL), path
 
 
 def broken(root: str, kind: str, path: list[Any], value: Any) -> dict[str, Any]:
@@ -72,8 +60,10 @@ RUNTIME_POD = ["spec", "template", "spec", "replicatedJobs", 0, "template", "spe
         ("k8s/cluster/kueue", "ResourceFlavor", ["metadata", "namespace"], "shellv"),
         ("k8s/cluster/training", "ClusterTrainingRuntime", ["spec", "mlPolicy", "numNodez"], 2),
         ("k8s/cluster/training", "ClusterTrainingRuntime", [*RUNTIME_POD, "containers", 0, "volumeMount"], []),
+        ("k8s/components/gateway", "HTTPRoute", ["spec", "rules", 0, "backendRefs", 0, "weights"], 1),
         ("k8s/overlays/cpu", "ConfigMap", ["kind"], "ConfigMop"),
         ("k8s/overlays/cpu", "ConfigMap", ["apiVersion"], "example.com/v1"),
+        ("k8s/components/ingress", "Ingress", ["spec", "rules", 0, "hosts"], "example.com"),
     ],
 )
 def test_what_an_api_server_would_refuse_is_refused(root: str, kind: str, path: list[Any], value: Any) -> None:
@@ -81,7 +71,7 @@ def test_what_an_api_server_would_refuse_is_refused(root: str, kind: str, path: 
         validate(broken(root, kind, path, value))
 
 
-@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("root", [*ROOTS, *OPTIONAL])
 def test_cluster_wide_objects_stand_apart(root: str) -> None:
     cluster_wide = {"Namespace", "ClusterTrainingRuntime", "ClusterQueue", "ResourceFlavor"}
     for each in render(root):
@@ -99,7 +89,7 @@ def test_kserve_serves_by_the_very_pod_of_the_deployment() -> None:
     assert {key: predictor[key] for key in deployed} == deployed
 
 
-@pytest.mark.parametrize("root", [each for each in OVERLAYS if each.split("/")[-1] not in ("kserve", "rollouts")])
+@pytest.mark.parametrize("root", [each for each in SERVERS if not each.endswith("rollouts")])
 def test_the_tracks_differ_in_label_and_replicas_alone(root: str) -> None:
     objects = render(root)
     stable, canary = named(objects, "Deployment", "shellv-serve"), named(objects, "Deployment", "shellv-serve-canary")

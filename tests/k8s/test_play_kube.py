@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 import yaml
 
+from components.images import image
 from tests.k8s.rendering import Manifest, named, render
 from tests.k8s.stores import KEYS, free_ports, mlflow, object_store, services_at
 from tests.serving.tiny_model import build_model, build_processor, data_url, picture
 
-pytestmark = [pytest.mark.containers, pytest.mark.slow]
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 HOST = "host.containers.internal"
 
@@ -63,14 +64,16 @@ def champion(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[st
     return fetch_model(str(folder)).revision
 
 
-def playable(services: dict[str, str], port: int) -> list[Manifest]:
-    """The objects of `dev` that the server needs, at this test's addresses."""
+def playable(services: dict[str, str]) -> list[Manifest]:
+    """The objects of `dev` that the server needs, at this test's addresses and at free ports of this machine."""
     objects = render("k8s/overlays/dev")
     deployment = named(objects, "Deployment", "shellv-serve")
     settings, places = named(objects, "ConfigMap", "shellv-serve"), named(objects, "ConfigMap", "shellv-services")
     places["data"] = services
     [container] = deployment["spec"]["template"]["spec"]["containers"]
-    container["ports"][0]["hostPort"] = port
+    container["image"] = image("serve")
+    for port, free in zip(container["ports"], free_ports(len(container["ports"])), strict=True):
+        port["hostPort"] = free
     container["args"] = [expanded(each, settings["data"]) for each in container["args"]]
     return [settings, places, named(objects, "PersistentVolumeClaim", "shellv-serve-cache"), deployment]
 
@@ -96,9 +99,17 @@ def playing(objects: list[Manifest], path: Path) -> Iterator[str]:
         yield "shellv-serve-pod-0-serve"
 
 
-def probe(action: dict[str, Any], port: int) -> int:
+def address(container: dict[str, Any], name: str) -> str:
+    """Where this machine reaches a named port."""
+    [port] = [each["hostPort"] for each in container["ports"] if each["name"] == name]
+    return f"http://127.0.0.1:{port}"
+
+
+def probe(container: dict[str, Any], kind: str) -> int:
+    """The status of a probe as the kubelet would see it; 0 where nothing answers."""
+    action = container[kind]
     try:
-        url = f"http://127.0.0.1:{port}{action['httpGet']['path']}"
+        url = address(container, action["httpGet"]["port"]) + action["httpGet"]["path"]
         with urllib.request.urlopen(url, timeout=action.get("timeoutSeconds", 1)) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
@@ -107,11 +118,11 @@ def probe(action: dict[str, Any], port: int) -> int:
         return 0
 
 
-def start_up(container: dict[str, Any], port: int, name: str) -> None:
+def start_up(container: dict[str, Any], name: str) -> None:
     """Probe as the kubelet does, until the server has started or has had its time."""
     action = container["startupProbe"]
     deadline = time.monotonic() + action["periodSeconds"] * action["failureThreshold"]
-    while probe(action, port) != 200:
+    while probe(container, "startupProbe") != 200:
         facts = json.loads(podman("inspect", name))[0]
         if facts["RestartCount"] or time.monotonic() > deadline:
             pytest.fail(f"{name} does not start:\n{podman('logs', name)[-3000:]}")
@@ -121,17 +132,16 @@ def start_up(container: dict[str, Any], port: int, name: str) -> None:
 def test_the_deployment_starts_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from openai import OpenAI
 
-    [port] = free_ports(1)
     with object_store(tmp_path / "s3") as s3, mlflow(tmp_path / "mlflow", s3, HOST, "127.0.0.1") as tracking:
         here = services_at(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{tracking}")
         revision = champion(tmp_path / "model", monkeypatch, {**KEYS, **here})
-        objects = playable(services_at(f"http://{HOST}:{s3}", f"http://{HOST}:{tracking}"), port)
+        objects = playable(services_at(f"http://{HOST}:{s3}", f"http://{HOST}:{tracking}"))
         [container] = objects[-1]["spec"]["template"]["spec"]["containers"]
         with playing(objects, tmp_path / "play.yaml") as name:
-            start_up(container, port, name)
-            assert probe(container["readinessProbe"], port) == probe(container["livenessProbe"], port) == 200
+            start_up(container, name)
+            assert probe(container, "readinessProbe") == probe(container, "livenessProbe") == 200
 
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            client = OpenAI(base_url=f"{address(container, 'http')}/v1", api_key="none", max_retries=0)
             [model] = client.models.list().data
             assert (model.id, model.revision) == ("shellv", revision)  # type: ignore[attr-defined]
             question: Any = [

@@ -12,6 +12,7 @@ import email
 import email.policy
 import json
 import re
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -397,11 +398,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+class HttpServer(ThreadingHTTPServer):
+    """A server that takes it calmly when a client hangs up."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(kfp: KfpServer, handler: type[BaseHTTPRequestHandler] = Handler, port: int = 0) -> Iterator[KfpServer]:
     """Serve `kfp` on a free port of this machine; `kfp.url` is its address."""
-    http = ThreadingHTTPServer(("127.0.0.1", port), type("BoundHandler", (handler,), {"kfp": kfp}))
-    http.daemon_threads = True
+    http = HttpServer(("127.0.0.1", port), type("BoundHandler", (handler,), {"kfp": kfp}))
     kfp.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -14,16 +14,16 @@ import shellv_core
 from pipelines.__main__ import main
 from pipelines.compile import PIPELINES, compiled_yaml
 from shellv_core.errors import ConfigError
-from tests.pipelines.compiling import documents, tasks_of
+from tests.pipelines.compiling import tasks_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(("control", "train", "serve"), 1)}
 
 
-def compiled(profile: str = "a100-40", **environment: str) -> str:
+def compiled(pipeline: str, profile: str, **environment: str) -> str:
     """From a process of its own: images are named when the components are imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SHELLV_")}
-    program = f"from pipelines.compile import compiled_yaml; print(compiled_yaml('shellv', {profile!r}), end='')"
+    program = f"from pipelines.compile import compiled_yaml; print(compiled_yaml({pipeline!r}, {profile!r}), end='')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,
@@ -55,13 +55,13 @@ def test_a_stale_file_is_named(
 
 
 def test_compiling_is_deterministic() -> None:
-    assert compiled(PYTHONHASHSEED="1") == compiled(PYTHONHASHSEED="2")
+    assert compiled("shellv-align", "a100-40", PYTHONHASHSEED="1") == compiled_yaml("shellv-align", "a100-40")
 
 
 def test_registry_and_tag_come_from_the_environment() -> None:
     tag = shellv_core.__version__
     assert images(compiled_yaml("shellv")) == {f"localhost/shellv-control:{tag}", f"localhost/shellv-train:{tag}"}
-    other = images(compiled("cpu", SHELLV_REGISTRY="registry.example/team/", SHELLV_TAG="abc"))
+    other = images(compiled("shellv-evaluate", "cpu", SHELLV_REGISTRY="registry.example/team/", SHELLV_TAG="abc"))
     assert other == {"registry.example/team/shellv-control:abc", "registry.example/team/shellv-train:abc"}
 
 
@@ -100,7 +100,3 @@ def test_another_cluster_s_files_go_to_a_folder(tmp_path: Path, capsys: pytest.C
 def test_unknown_pipelines_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'shellv-data'"):
         compiled_yaml("shellv-dat")
-
-
-def test_the_header_names_the_pipeline() -> None:
-    assert documents("shellv")[0]["pipelineInfo"]["name"] == "shellv"

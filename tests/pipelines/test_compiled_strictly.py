@@ -158,9 +158,23 @@ def test_checks_come_first_and_a_report_last(pipeline: str, profile: str) -> Non
 def test_an_evaluation_with_a_judge_is_kept_apart_in_the_cache(pipeline: str) -> None:
     (evaluate,) = (task for task in tasks(pipeline, "cpu") if task.name == "evaluate")
     assert evaluate.spec["inputs"]["parameters"]["cache_salt"]["taskOutputParameter"] == {
-        "outputParameterKey": "Output",
+        "outputParameterKey": "cache_salt",
         "producerTask": "preflight",
     }
+
+
+@every_combination
+def test_a_stage_s_task_knows_no_overrides_but_its_own(pipeline: str, profile: str) -> None:
+    """Else any override would make all stages miss the cache."""
+    for task in tasks(pipeline, profile):
+        if task.facts.kind == "check":
+            continue
+        stage = "prepare_data" if task.facts.kind == "data" else task.facts.name
+        given = task.spec["inputs"]["parameters"]["overrides"]
+        if "componentInputParameter" in given:  # in the loop, whose own input it is
+            assert given["componentInputParameter"] == f"pipelinechannel--preflight-{stage}"
+        else:
+            assert given["taskOutputParameter"] == {"outputParameterKey": stage, "producerTask": "preflight"}
 
 
 @every_combination

@@ -18,11 +18,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from pipelines.compile import compiled_yaml
 from pipelines.local import run_tasks
 
 if __name__ == "__main__":
-    outputs, _ = run_tasks("shellv-data", json.loads(sys.argv[1]), Path(sys.argv[2]))
-    Path(sys.argv[3]).write_text(json.dumps(outputs))
+    outputs, _ = run_tasks(compiled_yaml("shellv-data"), json.loads(sys.argv[1]))
+    Path(sys.argv[2]).write_text(json.dumps(outputs))
 """
 
 
@@ -53,16 +54,16 @@ def test_a_fan_out_makes_what_one_task_makes(tmp_path: Path, tracking_store: Pat
         "prepare_data.validation_fraction=0.2",
     ]
     root = tmp_path / "root"
-    arguments = {"root_uri": root.as_uri(), "preset": "smoke", "overrides": overrides, "num_ranges": 3}
+    arguments = {"root_uri": root.as_uri(), "preset": "smoke", "overrides": overrides, "data_num_ranges": 3}
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     answer = tmp_path / "outputs.json"
-    command = [sys.executable, str(program), json.dumps(arguments), str(tmp_path / "kfp"), str(answer)]
+    command = [sys.executable, str(program), json.dumps(arguments), str(answer)]
     done = subprocess.run(
         command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (uri,) = json.loads(answer.read_text()).values()
+    uri = json.loads(answer.read_text())["prepare-data"]
     folder = Path(uri.removeprefix("file://"))
     assert folder.parent == root / "prepare_data"
     many = content(folder)

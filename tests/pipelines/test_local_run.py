@@ -26,16 +26,18 @@ def test_text_that_kfp_would_replace_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_failing_stage_ends_the_run_with_its_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], project_folder: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tracking_store: Path, project_folder: Path
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     assert main(["run", "--preset", "smoke"]) == 1
     output = capsys.readouterr()
-    assert "[1/9] prepare data" in output.out
+    assert "preflight\n" in output.out
+    assert "prepare data" not in output.out
+    assert "report: run local-" in output.out
     assert "Traceback" not in output.out + output.err
-    assert output.err.startswith("pipelines: prepare data: ")
+    assert output.err.startswith("pipelines: preflight: 1 fault(s), and nothing was started:\nobject store: ")
     assert "http://127.0.0.1:9" in output.err
     assert "Traceback" in (project_folder / "logs" / "run.log").read_text(encoding="utf-8")
 

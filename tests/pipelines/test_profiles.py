@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.profile import gigabytes, profile_names, read_profile
+from pipelines.profile import DEPLOY_TARGETS, gigabytes, profile_names, read_profile
 from shellv_core.errors import ConfigError
+from shellv_core.stages.deployers import DEPLOYERS
 from shellv_core.stages.launch import LaunchConfig
 from shellv_core.stages.presets import stage_config
 
@@ -59,6 +60,10 @@ def test_a_file_of_one_s_own_states_differences(tmp_path: Path) -> None:
     assert profile.tasks.data.memory == read_profile("cpu").tasks.data.model_copy(update={"memory": "8Gi"}).memory
     with pytest.raises(ConfigError, match="unknown profile"):
         read_profile(str(tmp_path / "none.yaml"))
+
+
+def test_places_to_deploy_to_are_the_stage_s() -> None:
+    assert ("", *DEPLOYERS) == DEPLOY_TARGETS
 
 
 def test_sizes_are_kubernetes_s() -> None:

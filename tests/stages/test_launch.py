@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,3 +117,10 @@ def test_missing_addresses_are_told_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match="required and not given: output_uri=URI, data_uri=URI, model_uri=URI"):
         run_training("finetune", finetune.FinetuneConfig(), TWO)
     assert "RANK" not in os.environ
+
+
+def test_the_documented_settings_are_all_that_there_are():
+    section = (ROOT / "docs" / "training-distributed.md").read_text().split("| setting of the launch |")[1]
+    table = section.split("\n\n")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(LaunchConfig.model_fields)

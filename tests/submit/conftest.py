@@ -50,8 +50,8 @@ def pushed_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def pushed(name: str, **chosen: Any) -> str:
-    return compiled_yaml(name, **chosen).replace("localhost/", "registry.example/")
+def pushed(name: str, *chosen: Any) -> str:
+    return compiled_yaml(name, *chosen).replace("localhost/", "registry.example/")
 
 
 @pytest.fixture

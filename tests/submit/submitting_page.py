@@ -83,14 +83,13 @@ def comparable(page: str) -> str:
 def surroundings(folder: Path) -> Iterator[None]:
     """A machine without Kubernetes and lock file, the page's parameters file in its working folder."""
     (folder / "params.yaml").write_text(YAML.search(PAGE.read_text(encoding="utf-8"))[0])
-    kubeconfig = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
     with (
         contextlib.chdir(folder),
         mock.patch.object(compiled, "compiled_yaml", pushed),
         mock.patch.object(connection, "BACKOFF_SECONDS", 0.0),
         mock.patch.object(waiting, "POLL_SECONDS", 0.0),
         mock.patch.object(doctor, "LOCK_PATH", folder / "containers" / "images.lock.yaml"),
-        mock.patch(kubeconfig, str(folder / "kubeconfig")),
+        mock.patch.dict(os.environ, KUBECONFIG=str(folder / "kubeconfig")),
     ):
         yield
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -210,7 +210,7 @@ def test_a_private_certificate_authority(command: Command, monkeypatch: pytest.M
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate_file, key_file)
 
-    class TlsServer(ThreadingHTTPServer):
+    class TlsServer(kfp_api_server.HttpServer):
         def get_request(self) -> tuple[ssl.SSLSocket, object]:
             connection, address = super().get_request()
             return context.wrap_socket(connection, server_side=True), address
@@ -218,7 +218,7 @@ def test_a_private_certificate_authority(command: Command, monkeypatch: pytest.M
         def handle_error(self, request: object, client_address: object) -> None:
             """A client that does not trust us hangs up."""
 
-    monkeypatch.setattr(kfp_api_server, "ThreadingHTTPServer", TlsServer)
+    monkeypatch.setattr(kfp_api_server, "HttpServer", TlsServer)
     with serving(KubeflowBehindDex(), DexHandler) as kubeflow:
         endpoint = kubeflow.url.replace("http://", "https://")
         monkeypatch.setenv("KF_PIPELINES_PASSWORD", kubeflow.password)

@@ -23,8 +23,7 @@ NAMES = ["server", "versions", "credentials", "bucket", "MLflow", "images", "GPU
 
 @pytest.fixture(autouse=True)
 def own_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The kubernetes library reads the default path when it is imported.
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(doctor, "LOCK_PATH", tmp_path / "images.lock.yaml")
 
 

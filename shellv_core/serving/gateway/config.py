@@ -10,10 +10,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shellv_core.config import Config, build_config, nearest, read_yaml
 from shellv_core.models.config import Quantization
 from shellv_core.serving.http.config import ApiConfig
+from shellv_core.serving.inference.loading import Dtype
 from shellv_core.serving.transformers_engine import EngineConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelEntry(Config):
@@ -33,7 +33,7 @@ class ModelEntry(Config):
     adapters: dict[Name, str] = {}
     """Model id -> the adapter's directory or the s3:// or file:// address of finetune's output."""
     quantization: Quantization | None = None
-    dtype: DType = "float32"
+    dtype: Dtype = "float32"
     device: str = "cpu"
     """As torch spells it; ``auto`` spreads one model over all GPUs."""
     options: EngineConfig = EngineConfig()

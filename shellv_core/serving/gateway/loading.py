@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 from shellv_core.errors import ServingError
@@ -130,23 +129,12 @@ async def _ask_once(engine: Engine) -> None:
 
 
 def _load_embedded(entry: ModelEntry, reference: str) -> Running:
-    import torch
-
-    from shellv_core.models.compose import load_model
-    from shellv_core.serving.inference.adapters import AdapterSet
+    from shellv_core.serving.inference.loading import load_served
     from shellv_core.serving.transformers_engine import TransformersEngine
 
     files = fetch_model(reference)
     adapters = {name: fetch_adapter(uri) for name, uri in entry.adapters.items()}
-    dtype = getattr(torch, entry.dtype)
-    # Quantized weights are made where they stay.
-    placed = entry.device if entry.device == "auto" or entry.quantization else None
-    model: Any
-    model, processor = load_model(files.path, dtype, entry.quantization, dtype, placed and _device_map(placed))
-    if placed is None:
-        model = model.to(entry.device)
-    paths = {name: each.path for name, each in adapters.items()}
-    on_model = AdapterSet(model, paths, {name: each.revision for name, each in adapters.items()})
+    model, processor, on_model = load_served(files.path, entry.device, entry.dtype, entry.quantization, adapters)
     engine = TransformersEngine(model, processor, entry.options, on_model)
     try:
         warm_up(engine)
@@ -154,10 +142,6 @@ def _load_embedded(entry: ModelEntry, reference: str) -> Running:
         asyncio.run(engine.drain(0))
         raise
     return Running(engine, files.revision, _free)
-
-
-def _device_map(device: str) -> str | dict[str, str]:
-    return "auto" if device == "auto" else {"": device}
 
 
 def _stored_bits(reference: str) -> float:

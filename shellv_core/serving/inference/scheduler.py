@@ -68,7 +68,7 @@ class SlotRunner:
         """See `Runner.step`."""
         deliveries = self._drop_cancelled()
         self._admit(waiting)
-        deliveries += self._see_an_image()
+        deliveries += self._see_images()
         deliveries += self._read()
         if decoding := self._table.decoding:
             deliveries += self._advance(decoding, [1] * len(decoding))
@@ -97,48 +97,52 @@ class SlotRunner:
             self._counters.prefix_tokens += row.filled
             post([Delivery(job, answer.opening())])
 
-    def _see_an_image(self) -> list[Delivery]:
-        """Get the features that the rows need; of pictures that the vision tower has to see only one, since everyone
-        waits for it."""
+    def _see_images(self) -> list[Delivery]:
+        """Get the features that the next rows need: the vision tower sees as many pictures as a step's prompts take,
+        and no more, since everyone waits for it."""
+        deliveries: list[Delivery] = []
+        room = self._chunk_tokens
         for row in self._table.reading:
             for index in pending_images(row):
-                image = row.job.task.prompt.images[index]
                 if row.features[index] is not None:
                     continue
-                seen = not self._images.known(image, row.adapter)
+                if room <= 0:
+                    return deliveries
+                image = row.job.task.prompt.images[index]
+                room -= 0 if self._images.known(image, row.adapter) else image.num_tokens
                 try:
                     row.features[index] = self._images.get(image, row.adapter)
                 except Exception as error:  # one request's fault must not end all others
                     logger.exception("a picture failed inside the model")
-                    return [self._fail(row, error)]
-                if seen:
-                    return []
-        return []
+                    deliveries.append(self._fail(row, error))
+                    break
+        return deliveries
 
     def _read(self) -> list[Delivery]:
-        """Read the next piece of the oldest prompt, and of as many others as fit beside it."""
-        rows = [
-            row for row in self._table.reading if all(row.features[index] is not None for index in pending_images(row))
-        ]
-        if not rows:
+        """Read the oldest prompt's next piece, and beside it the following prompts that fit whole."""
+        group: list[Row] = []
+        width = 0
+        for row in self._table.reading:
+            if any(row.features[index] is None for index in pending_images(row)):
+                break
+            wider = max(width, min(row.prompt_length - row.filled, self._chunk_tokens))
+            if (len(group) + 1) * wider > self._chunk_tokens:
+                break
+            group, width = [*group, row], wider
+        if not group:
             return []
-        width = min(rows[0].prompt_length - rows[0].filled, self._chunk_tokens)
-        rows = rows[: max(self._chunk_tokens // width, 1)]
-        return self._advance(rows, [min(row.prompt_length - row.filled, width) for row in rows])
+        return self._advance(group, [min(row.prompt_length - row.filled, width) for row in group])
 
     def _advance(self, rows: list[Row], counts: list[int]) -> list[Delivery]:
         """Read `counts` more tokens of each row, and choose the next one of each that has read its whole prompt."""
         deliveries: list[Delivery] = []
         for part, logits_BV in self._attempt(rows, counts, deliveries):
-            ready = []
-            for index, row in enumerate(part):
-                row.filled += counts[rows.index(row)]
-                if row.decodes:
-                    ready.append(index)
-                    if row.slot >= self._table.num_decoding:
-                        self._table.start_decoding(row)
+            ready = [index for index, row in enumerate(part) if row.decodes]
+            answering = [part[index] for index in ready]
+            for row in answering:
+                if row.slot >= self._table.num_decoding:
+                    self._table.start_decoding(row)
             if ready:
-                answering = [part[index] for index in ready]
                 choices = choose(logits_BV[ready], [row.answer.sampler for row in answering])
                 deliveries += [self._take(row, choice) for row, choice in zip(answering, choices, strict=True)]
         return deliveries
@@ -154,7 +158,11 @@ class SlotRunner:
         tries = 0
         while rows:
             try:
-                return [(rows, self._forward(rows, counts))]
+                logits_BV = self._forward(rows, counts)
+                # At once, for all: whatever moves rows from now on moves what they have just read as well.
+                for row, count in zip(rows, counts, strict=True):
+                    row.filled += count
+                return [(rows, logits_BV)]
             except Exception as error:  # one request's fault must not end all others
                 logger.exception("a step of %d requests failed inside the model", len(rows))
                 if not is_out_of_memory(error):
