@@ -147,7 +147,7 @@ def _server(
     if config.ui:
         from shellv_core.serving.ui import mount_ui
 
-        mount_ui(app, url, served.name)
+        mount_ui(app, url, served.name, keys)
     page = f", chat page {url}/ui" if config.ui else ""
     logger.info("serving %s (revision %s) at %s/v1%s", served.name, served.revision[:12], url, page)
     if operations is not None:
