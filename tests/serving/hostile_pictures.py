@@ -30,9 +30,10 @@ def good(kind: str) -> bytes:
 @functools.cache
 def bombs() -> tuple[tuple[str, bytes], ...]:
     """Small files that would be large: over the limit, just below it, of many frames, of much text."""
-    black = lambda side, kind: picture(
-        "black", size=(side, side), format=kind, **({"optimize": True} if kind == "PNG" else {})
-    )
+
+    def black(side: int, kind: str) -> bytes:
+        return picture("black", size=(side, side), format=kind, **({"optimize": True} if kind == "PNG" else {}))
+
     frames = [Image.new("P", (16, 16), index % 2) for index in range(10_000)]
     animation = io.BytesIO()
     frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:], optimize=False)

@@ -94,7 +94,7 @@ def hostile_request(rng: random.Random) -> Hostile:
 
 def _valid(rng: random.Random) -> tuple[str, dict[str, Any]]:
     path = rng.choice(PATHS)
-    text = "".join(rng.choices(SPECIAL[:14] + ["cat ", "dog "], k=rng.randint(1, 6))).replace("\ud83d", "")
+    text = "".join(rng.choices([*SPECIAL[:14], "cat ", "dog "], k=rng.randint(1, 6))).replace("\ud83d", "")
     if path == "/v1/completions":
         return path, {"prompt": text, "max_tokens": rng.randint(1, 2)}
     content: Any = text
