@@ -141,6 +141,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     quantization: Quantization | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    device_map: str | dict[str, str] | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a model directory, every weight accounted for.
 
@@ -149,6 +150,7 @@ def load_model(
         quantization: of the language model's linear layers, made while loading, on the GPU if there is one; the same
             bits every time. Embeddings, head, projector and vision tower stay as they are.
         compute_dtype: of matrix products with nf4 weights.
+        device_map: where the parts go, as accelerate spells it; "auto" spreads them over all GPUs.
 
     Raises:
         ConfigError: if bitsandbytes is needed and missing.
@@ -169,6 +171,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             quantization_config=_quantization_config(quantization, compute_dtype),
+            device_map=device_map,
         )
         processor = LlavaProcessor.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

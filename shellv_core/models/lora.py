@@ -93,8 +93,12 @@ def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:
     (Path(directory) / "README.md").unlink(missing_ok=True)
 
 
-def load_adapter(base: LlavaForConditionalGeneration, directory: Path) -> PeftModel:
+def load_adapter(base: LlavaForConditionalGeneration | PeftModel, directory: Path, name: str = "default") -> PeftModel:
     """Put a saved adapter on `base`, every weight accounted for.
+
+    Args:
+        base: the model that it belongs to, or that model with other adapters.
+        name: of the adapter, among those of one model.
 
     Raises:
         ModelError: if there is no adapter in `directory` or its weights do not fit `base`.
@@ -105,12 +109,18 @@ def load_adapter(base: LlavaForConditionalGeneration, directory: Path) -> PeftMo
     try:
         peft_config = PeftLoraConfig.from_pretrained(str(path))
         peft_config.inference_mode = True
-        model = get_peft_model(base, peft_config)
-        result: Any = set_peft_model_state_dict(model, load_file(path / ADAPTER_WEIGHTS))
+        if isinstance(base, PeftModel):
+            model = base
+            model.add_adapter(name, peft_config)
+        else:
+            model = get_peft_model(base, peft_config, name)
+        result: Any = set_peft_model_state_dict(model, load_file(path / ADAPTER_WEIGHTS), name)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {path} does not fit its base model: {error}") from error
     # Frozen base weights are missing by nature; of the adapter's own none may be.
-    missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    missing = [
+        key for key in result.missing_keys if ("lora_" in key or "modules_to_save" in key) and f".{name}." in f"{key}."
+    ]
     if result.unexpected_keys or missing:
         raise ModelError(
             f"the adapter in {path} does not fit its base model: unexpected {result.unexpected_keys}, missing"

@@ -3,6 +3,8 @@
 /path/to/model                      a model directory
 s3://bucket/merge, file:///merge    the output of merge_lora or pretrain_projector
 models:/NAME@ALIAS, models:/NAME/3  a registered version, whose source is such an output
+
+An adapter is named the same way: by its folder, or by the output of finetune.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from shellv_core.errors import ObjectNotFoundError, ServingError
 from shellv_core.storage import InputDirectory, local_path, sha256_of
 from shellv_core.storage.seaweedfs import embedded_s3, external_s3_configured
 
-MODEL_PREFIX = "model"
+MODEL_PREFIX, ADAPTER_PREFIX = "model", "adapter"
+MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -53,9 +56,29 @@ def fetch_model(reference: str) -> ModelFiles:
     if "://" not in reference:
         return _folder(Path(reference))
     folder = local_path(reference)
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None and (folder / MODEL_FILE).is_file():
         return _folder(folder)
     return _committed(reference, reference.rstrip("/").rpartition("/")[2])
+
+
+def fetch_adapter(reference: str) -> ModelFiles:
+    """Bring the LoRA adapter that `reference`, a folder or an output of finetune, names to this machine, verified.
+
+    Raises:
+        ServingError: if the reference names no adapter.
+        StorageError: if a stage's output cannot be read.
+    """
+    folder = Path(reference) if "://" not in reference else local_path(reference)
+    if folder is not None:
+        for path in (folder, folder / ADAPTER_PREFIX):
+            if (path / ADAPTER_FILE).is_file():
+                return _read_folder(path.absolute(), reference.rstrip("/").rpartition("/")[2])
+        if "://" not in reference:
+            raise ServingError(
+                f"{reference} is not an adapter (it has no {ADAPTER_FILE}). Give an adapter's folder, or the s3:// or"
+                " file:// address of a finetune output."
+            )
+    return _committed(reference, reference.rstrip("/").rpartition("/")[2], ADAPTER_PREFIX)
 
 
 def find_registered(reference: str) -> RegisteredSource:
@@ -87,7 +110,7 @@ def find_registered(reference: str) -> RegisteredSource:
     return RegisteredSource(name, str(version.version), str(version.source))
 
 
-def _committed(uri: str, name: str) -> ModelFiles:
+def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
     uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
@@ -95,24 +118,30 @@ def _committed(uri: str, name: str) -> ModelFiles:
             output = InputDirectory(uri)
         except ObjectNotFoundError:
             # A registered version may name the model inside the output.
-            output = InputDirectory(uri.removesuffix(f"/{MODEL_PREFIX}"))
-        path = output.fetch_tree(MODEL_PREFIX)
-    entries = [
-        (entry.name.removeprefix(f"{MODEL_PREFIX}/"), entry.sha256) for entry in output.files(f"{MODEL_PREFIX}/")
-    ]
+            output = InputDirectory(uri.removesuffix(f"/{prefix}"))
+        files = output.files(f"{prefix}/")
+        if not files:
+            made = "merge_lora or pretrain_projector" if prefix == MODEL_PREFIX else "finetune with LoRA"
+            raise ServingError(f"{uri} holds no {prefix}/; give an output of {made}.")
+        path = output.fetch_tree(prefix)
+    entries = [(entry.name.removeprefix(f"{prefix}/"), entry.sha256) for entry in files]
     return ModelFiles(path, name, _revision(entries))
 
 
 def _folder(path: Path) -> ModelFiles:
     path = path.absolute()
-    if not (path / "config.json").is_file():
+    if not (path / MODEL_FILE).is_file():
         raise ServingError(
-            f"{path} is not a model directory (it has no config.json). Give a model directory, the s3:// or file://"
+            f"{path} is not a model directory (it has no {MODEL_FILE}). Give a model directory, the s3:// or file://"
             " address of a merge_lora output, or models:/NAME@ALIAS."
         )
+    return _read_folder(path, path.parent.name if path.name == MODEL_PREFIX else path.name)
+
+
+def _read_folder(path: Path, name: str) -> ModelFiles:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     entries = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
-    return ModelFiles(path, path.parent.name if path.name == MODEL_PREFIX else path.name, _revision(entries))
+    return ModelFiles(path, name, _revision(entries))
 
 
 def _revision(entries: list[tuple[str, str]]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 DEFAULT_PORT = 8000
 DEFAULT_OPERATIONS_PORT = 8001
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "nf4", "int8")
+BATCHINGS = ("slots", "serial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="fetch pictures by https from this host, or from *.DOMAIN; repeat for more (default: from nowhere)",
     )
-    parser.add_argument("--device", default="cpu", help="where the model runs, for example cuda (default: %(default)s)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=REFERENCE",
+        help="a LoRA adapter beside the model, under an id of its own: its folder, or a finetune output; repeatable",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the model runs: cpu, cuda, mps, or auto for all GPUs together (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="language model in 4 bits (nf4) or 8 (int8) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batching",
+        choices=BATCHINGS,
+        default="slots",
+        help="requests side by side, or one after the other (default: %(default)s)",
+    )
+    parser.add_argument("--slots", type=int, default=16, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--no-ui", action="store_true", help="serve the API without the chat page")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="stop when the standard input ends, as it does with a parent"
@@ -59,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
     from shellv_core.serving.http.config import ApiConfig, RequestLimits
     from shellv_core.serving.remote_images import RemoteImageConfig
     from shellv_core.serving.server import ServeConfig, serve
+    from shellv_core.serving.transformers_engine import EngineConfig
 
     remote = build_config(RemoteImageConfig, {"hosts": args.image_host})
     config = ServeConfig(
@@ -74,6 +101,26 @@ def main(args: argparse.Namespace) -> int:
         ui=not args.no_ui,
         device=args.device,
         dtype=args.dtype,
+        quantization=None if args.quantization == "none" else args.quantization,
+        adapters=_named(args.adapter),
+        engine=build_config(EngineConfig, {"batching": args.batching, "slots": args.slots}),
     )
     serve(config, until_stdin_closes=args.until_stdin_closes)
     return 0
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    """References by name from ``NAME=REFERENCE``."""
+    from shellv_core.errors import ConfigError
+
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, _, reference = pair.partition("=")
+        if not name or not reference:
+            raise ConfigError(
+                f"--adapter {pair!r} is not of the form NAME=REFERENCE, for example --adapter hacl=adapter/."
+            )
+        if name in named:
+            raise ConfigError(f"--adapter names {name!r} twice; every adapter needs a name of its own.")
+        named[name] = reference
+    return named

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from shellv_core.config import Config
+from shellv_core.config import Config, fingerprint
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
+from shellv_core.models.config import Quantization
 from shellv_core.serving.api import ApiConfig, create_app
 from shellv_core.serving.http.keys import Keys
 from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
 from shellv_core.serving.models import FixedModels, ServedModel
-from shellv_core.serving.reference import fetch_model
+from shellv_core.serving.reference import fetch_adapter, fetch_model
 from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
 
 logger = get_logger(__name__)
@@ -39,7 +40,9 @@ class ServeConfig(Config):
         keys: file of keys, made by ``shellv key new``; without one, everyone who reaches the port may ask.
         open_to_all: listen on other than loopback without keys, as behind a gateway that asks for them.
         ui: whether the chat page is mounted at ``/ui``.
-        device: where the model runs, as torch spells it.
+        device: where the model runs, as torch spells it; ``auto`` for all GPUs of this machine together.
+        quantization: the language model's linear layers in 4 bits (nf4) or 8 (int8).
+        adapters: LoRA adapters beside the model, unmerged: references as in `fetch_adapter`, by the id for clients.
     """
 
     model: str
@@ -53,6 +56,8 @@ class ServeConfig(Config):
     ui: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Quantization | None = None
+    adapters: dict[str, str] = {}
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
 
@@ -133,15 +138,19 @@ def _server(
     config: ServeConfig, keys: Keys | None, listener: socket.socket, operations: socket.socket | None
 ) -> Server:
     files = fetch_model(config.model)
-    import torch
+    adapters = {name: fetch_adapter(reference) for name, reference in config.adapters.items()}
+    from shellv_core.serving.inference.loading import load_served
 
-    from shellv_core.models.compose import load_model
-
-    model: Any
-    model, processor = load_model(files.path, getattr(torch, config.dtype))
-    engine = TransformersEngine(model.to(config.device), processor, config.engine)
+    model, processor, adapter_set = load_served(files.path, config.device, config.dtype, config.quantization, adapters)
+    engine = TransformersEngine(model, processor, config.engine, adapter_set)
     served = ServedModel(engine, config.name or files.name, files.revision)
-    models = FixedModels(served)
+    models = FixedModels(
+        served,
+        *(
+            ServedModel(engine, each.name, fingerprint(files.revision, each.revision), served.name, each.name)
+            for each in engine.adapters()
+        ),
+    )
     app = create_app(models, config.api, keys)
     url = listening_url(listener)
     if config.ui:

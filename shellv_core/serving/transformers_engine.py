@@ -6,12 +6,13 @@ import asyncio
 import copy
 import math
 import queue
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,9 +32,9 @@ from shellv_core.serving.engine import (
     RequestError,
     TokenEvent,
 )
+from shellv_core.serving.inference.adapters import AdapterSet
 from shellv_core.serving.inference.answer import Task, Vocabulary
 from shellv_core.serving.inference.job import Counters, Delivery, Job, Runner, post
-from shellv_core.serving.inference.serial import SerialRunner
 from shellv_core.serving.prompt import PromptEncoder
 from shellv_core.templates import template_of
 
@@ -41,6 +42,7 @@ logger = get_logger(__name__)
 
 POLL_SECONDS = 0.02
 MAX_RETRY_AFTER_SECONDS = 60
+WAITING_PER_SLOT = 4
 MAX_RESTARTS = 1
 #: As many requests in a row without finite logits mean that the model, and not a request, is at fault.
 MAX_NONFINITE_IN_A_ROW = 3
@@ -48,10 +50,22 @@ STOPPING = "the server is shutting down; send the request again in a moment."
 
 
 class EngineConfig(Config):
-    """Limits of an engine."""
+    """How an engine runs, and its limits."""
 
-    max_waiting: int = Field(default=8, ge=0)
-    """Requests that may wait beside those that run; one more is refused."""
+    batching: Literal["slots", "serial"] = "slots"
+    """Many requests side by side, or one after the other."""
+    slots: int = Field(default=16, ge=1)
+    """Requests that run at once."""
+    prefill_tokens: int = Field(default=512, ge=1)
+    """Tokens of prompts that one step reads at most, while the others wait for their next token."""
+    context_length: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and answer together; None for as many as the model takes."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for keys and values; None for a share of what is free once the model is loaded."""
+    image_cache_mib: int = Field(default=512, ge=0)
+    """Memory for the features of pictures that may come again."""
+    max_waiting: int | None = Field(default=None, ge=0)
+    """Requests that may wait beside those that run, one more is refused; None for four times those that run."""
     max_wait_seconds: float = Field(default=30.0, gt=0)
     """A request that waits longer for its turn is refused."""
     default_max_tokens: int = Field(default=512, ge=1)
@@ -67,16 +81,22 @@ class TransformersEngine:
         model: for example a `LlavaForConditionalGeneration`, in evaluation mode on its device.
         processor: its processor, with chat template.
         config: limits.
+        adapters: those on the model that requests can name.
+
+    Raises:
+        ServingError: if the model cannot be run in slots, or its memory holds not one request.
     """
 
-    def __init__(self, model: Any, processor: Any, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, config: EngineConfig | None = None, adapters: AdapterSet | None = None
+    ) -> None:
         self.config = config or EngineConfig()
-        self._model = model
+        self._model, self._adapters = model, adapters or AdapterSet(model)
         self._encoder = PromptEncoder(processor)
         # One thread, so that requests keep their order.
         self._preparation = ThreadPoolExecutor(1, "prompts")
         tokenizer = copy.deepcopy(processor.tokenizer)
-        self.context_length = _context_length(model, tokenizer)
+        self.context_length = min(_context_length(model, tokenizer), self.config.context_length or sys.maxsize)
         self._vocabulary = Vocabulary(
             tokenizer,
             model.config.get_text_config().vocab_size,
@@ -84,6 +104,13 @@ class TransformersEngine:
             template_of(processor).stop_strings,
         )
         self._counters = Counters()
+        self._kv_capacity = 0
+        if self.config.batching == "slots":
+            from shellv_core.serving.inference.checking import check_slots
+            from shellv_core.serving.inference.memory import kv_capacity
+
+            self._kv_capacity = kv_capacity(model, self.config.slots, self.context_length, self.config.kv_cache_gib)
+            check_slots(model, self._adapters, self.context_length)
         self._runner = self._new_runner()
 
         self._lock = threading.Lock()
@@ -102,13 +129,14 @@ class TransformersEngine:
         """See `Engine.generate`."""
         self._check(request)
         self._admit()
-        submitted: Job | None = None
         try:
-            loop = asyncio.get_running_loop()
-            prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, request.messages)
-            job = Job(Task(request, prompt, self._allowed_tokens(request, len(prompt.token_ids))), loop)
-            self._submit(job)
-            submitted = job
+            job = await self._prepare(request)
+        except BaseException as error:
+            with self._lock:
+                self._admitted -= 1
+                self._cancelled += isinstance(error, asyncio.CancelledError)
+            raise
+        try:
             while True:
                 event = await job.events.get()
                 if isinstance(event, ShellVError):
@@ -117,10 +145,7 @@ class TransformersEngine:
                 if event.finish_reason is not None:
                     return
         finally:
-            if submitted is None:
-                self._release()
-            else:
-                submitted.cancelled.set()
+            job.cancelled.set()
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
         """See `Engine.count_tokens`."""
@@ -132,7 +157,7 @@ class TransformersEngine:
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """See `Engine.adapters`."""
-        return ()
+        return self._adapters.infos
 
     def health(self) -> EngineHealth:
         """See `Engine.health`."""
@@ -190,10 +215,29 @@ class TransformersEngine:
 
     @property
     def _room(self) -> int:
-        return self._runner.slots + self.config.max_waiting
+        waiting = self.config.max_waiting
+        return self._runner.slots + (WAITING_PER_SLOT * self._runner.slots if waiting is None else waiting)
 
     def _new_runner(self) -> Runner:
-        return SerialRunner(self._model, self._vocabulary, self._counters)
+        config = self.config
+        if config.batching == "serial":
+            from shellv_core.serving.inference.serial import SerialRunner
+
+            return SerialRunner(self._model, self._vocabulary, self._counters, self._adapters)
+        from shellv_core.serving.inference.images import ImageFeatures
+        from shellv_core.serving.inference.scheduler import SlotRunner
+
+        images = ImageFeatures(self._model, self._adapters, self._counters, config.image_cache_mib << 20)
+        return SlotRunner(
+            self._model,
+            self._vocabulary,
+            self._counters,
+            self._adapters,
+            images,
+            config.slots,
+            self._kv_capacity,
+            config.prefill_tokens,
+        )
 
     def _check(self, request: GenerationRequest) -> None:
         names = [adapter.name for adapter in self.adapters()]
@@ -230,15 +274,16 @@ class TransformersEngine:
         seconds = math.ceil(self._answer_seconds * self._admitted / self._runner.slots)
         return min(max(seconds, 1), MAX_RETRY_AFTER_SECONDS)
 
-    def _submit(self, job: Job) -> None:
+    async def _prepare(self, request: GenerationRequest) -> Job:
+        """Encode the prompt, and hand the request to the engine's thread."""
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, request.messages)
+        job = Job(Task(request, prompt, self._allowed_tokens(request, len(prompt.token_ids))), loop)
         with self._lock:  # so that no job lands behind the end mark
             if self._aborted.is_set() or not self._thread.is_alive():
                 raise EngineStoppedError(STOPPING)
             self._pending.put(job)
-
-    def _release(self) -> None:
-        with self._lock:
-            self._admitted -= 1
+        return job
 
     def _allowed_tokens(self, request: GenerationRequest, num_prompt_tokens: int) -> int:
         room = self.context_length - num_prompt_tokens

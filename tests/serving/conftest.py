@@ -57,7 +57,7 @@ def endpoint(model_path: Path) -> Iterator[Endpoint]:
     from shellv_core.serving.transformers_engine import EngineConfig
 
     api = ApiConfig(body=BodyLimits(max_bytes=4 << 20, timeout_seconds=2))
-    with running_endpoint(model_path, api, EngineConfig(max_waiting=2)) as endpoint:
+    with running_endpoint(model_path, api, EngineConfig(slots=1, max_waiting=2)) as endpoint:
         yield endpoint
 
 

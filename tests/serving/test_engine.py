@@ -75,9 +75,10 @@ def generated(model, processor, image, text, count):
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("batching", ["slots", "serial"])
 @pytest.mark.parametrize("image", [RED, Image.new("RGB", (32, 90), "blue"), None])
-def test_greedy_answers_equal_those_of_generate(engine, model, processor, image):
-    events = asyncio.run(answer(engine, request(image=image, max_tokens=40)))
+def test_greedy_answers_equal_those_of_generate(new_engine, model, processor, image, batching):
+    events = asyncio.run(answer(new_engine(batching=batching), request(image=image, max_tokens=40)))
     assert text_of(events).strip() == generated(model, processor, image, QUESTION, 40)
     assert events[0].text == ""
     assert (events[-1].completion_tokens, events[-1].finish_reason) == (40, "length")
@@ -163,7 +164,7 @@ def test_closing_the_generator_frees_the_engine(new_engine):
 
 
 def test_a_cancelled_request_that_waits_never_runs(new_engine):
-    engine = new_engine()
+    engine = new_engine(slots=1)
 
     async def scenario():
         running = engine.generate(request(max_tokens=400))
@@ -179,7 +180,7 @@ def test_a_cancelled_request_that_waits_never_runs(new_engine):
 
 
 def test_a_full_queue_refuses_and_counts(new_engine):
-    engine = new_engine(max_waiting=1)
+    engine = new_engine(slots=1, max_waiting=1)
 
     async def scenario():
         running = [asyncio.create_task(answer(engine, request(max_tokens=400))) for _ in range(2)]
@@ -198,7 +199,7 @@ def test_a_full_queue_refuses_and_counts(new_engine):
 
 
 def test_requests_run_in_the_order_of_their_arrival(new_engine):
-    engine, finished = new_engine(), []
+    engine, finished = new_engine(slots=1), []
 
     async def one(number):
         await answer(engine, request(max_tokens=10))
@@ -216,10 +217,11 @@ def test_requests_run_in_the_order_of_their_arrival(new_engine):
     assert finished == sorted(finished)
 
 
+@pytest.mark.parametrize("batching", ["slots", "serial"])
 @pytest.mark.parametrize("fault", ["nan", "raises"])
-def test_a_failing_request_fails_alone(new_engine, processor, fault):
+def test_a_failing_request_fails_alone(new_engine, processor, fault, batching):
     model = build_model(processor)
-    engine = new_engine(model=model)
+    engine = new_engine(model=model, batching=batching)
     good = model.lm_head.forward
 
     def bad(hidden_states):
@@ -254,7 +256,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(new_engine):
 
 
 def test_a_drain_past_its_deadline_fails_what_is_left(new_engine):
-    engine = new_engine()
+    engine = new_engine(slots=1)
 
     async def scenario():
         tasks = [asyncio.create_task(answer(engine, request(max_tokens=480))) for _ in range(3)]
@@ -290,7 +292,7 @@ def test_a_step_that_hangs_shows_in_health(new_engine, processor):
 
 
 def test_a_request_that_waits_too_long_is_refused(new_engine):
-    engine = new_engine(max_wait_seconds=0.05)
+    engine = new_engine(slots=1, max_wait_seconds=0.05)
 
     async def scenario():
         running = asyncio.create_task(answer(engine, request(max_tokens=480)))

@@ -71,7 +71,7 @@ async def overloaded(client: httpx.AsyncClient, rate: float, seconds: float, max
 async def measure(server: Any, count: int, seconds: float, max_tokens: int) -> tuple[Outcome, Outcome, float]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
-        places = 9  # one that is answered, and eight that wait
+        places = 16 + 4 * 16  # that are answered, and that wait
         await at_capacity(client, places, places, max_tokens)
         full, rate = await at_capacity(client, places, count, max_tokens)
         over = await overloaded(client, OVERLOAD * rate, seconds, max_tokens)
@@ -84,8 +84,8 @@ async def measure(server: Any, count: int, seconds: float, max_tokens: int) -> t
 @pytest.mark.parametrize(
     ("count", "seconds", "max_tokens"),
     [
-        pytest.param(18, 3.0, 60),
-        pytest.param(200, 120.0, 300, marks=[pytest.mark.fuzz, pytest.mark.timeout(1800)]),
+        pytest.param(100, 3.0, 60),
+        pytest.param(400, 120.0, 300, marks=[pytest.mark.fuzz, pytest.mark.timeout(1800)]),
     ],
 )
 def test_overload(model_path, tmp_path, count, seconds, max_tokens):

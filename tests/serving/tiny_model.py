@@ -75,20 +75,30 @@ def build_processor() -> Any:
     )
 
 
-def build_model(processor: Any, context_length: int = 512) -> Any:
-    """A random LLaVA model, with weights large enough that its answers vary."""
+def build_model(processor: Any, context_length: int = 512, backbone: str = "llama", width: int = 32) -> Any:
+    """A random LLaVA model, with weights large enough that its answers vary.
+
+    In a ``starcoder2`` two heads share their keys and values. Layers of less than 64 cannot be in 4 bits.
+    """
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Starcoder2Config,
+    )
 
     torch.manual_seed(0)
     tokenizer = processor.tokenizer
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+    text_class, key_value_heads = {"llama": (LlamaConfig, 2), "starcoder2": (Starcoder2Config, 1)}[backbone]
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=32, patch_size=8),
-        text_config=LlamaConfig(
+        text_config=text_class(
             **sizes,
             num_attention_heads=2,
-            num_key_value_heads=2,
+            num_key_value_heads=key_value_heads,
             vocab_size=len(tokenizer),
             max_position_embeddings=context_length,
             bos_token_id=tokenizer.bos_token_id,

@@ -14,6 +14,10 @@ from shellv_core.errors import ShellVError
 from shellv_core.serving.engine import TokenEvent
 from shellv_core.serving.inference.answer import Task
 
+NOT_FINITE = "the model returned numbers that are not finite; its weights may be damaged."
+FAULT = "the model failed on this request; the server's log says why."
+OUT_OF_MEMORY = "the model ran out of memory; shorten the messages or send fewer pictures."
+
 #: An event of an answer, the error that it ends with, or None for one that was cancelled.
 Outcome = TokenEvent | ShellVError | None
 

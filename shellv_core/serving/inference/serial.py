@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from shellv_core.logs import get_logger
 from shellv_core.serving.engine import GenerationError
+from shellv_core.serving.inference.adapters import AdapterSet
 from shellv_core.serving.inference.answer import Answer, Vocabulary
-from shellv_core.serving.inference.job import Counters, Delivery, Job, Outcome, post
+from shellv_core.serving.inference.job import FAULT, NOT_FINITE, OUT_OF_MEMORY, Counters, Delivery, Job, Outcome, post
+from shellv_core.serving.inference.memory import is_out_of_memory
 from shellv_core.serving.prompt import Prompt
 from shellv_core.serving.sampling import choose
 
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = get_logger(__name__)
-
-NOT_FINITE = "the model returned numbers that are not finite; its weights may be damaged."
-FAULT = "the model failed on this request; the server's log says why."
-OUT_OF_MEMORY = "the model ran out of memory; shorten the messages or send fewer pictures."
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class SerialRunner:
 
     slots = 1
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, counters: Counters) -> None:
-        self._model, self._vocabulary, self._counters = model, vocabulary, counters
+    def __init__(self, model: Any, vocabulary: Vocabulary, counters: Counters, adapters: AdapterSet) -> None:
+        self._model, self._vocabulary, self._counters, self._adapters = model, vocabulary, counters, adapters
         self._running: _Running | None = None
 
     @property
@@ -74,13 +72,14 @@ class SerialRunner:
             return None
         try:
             last = answer.token_ids[-1:]
-            logits_1V = running.steps.send(last[0]) if last else next(running.steps)
-        except torch.OutOfMemoryError:
-            logger.exception("out of memory at a prompt of %d tokens", len(job.task.prompt.token_ids))
-            self._counters.out_of_memory += 1
-            torch.cuda.empty_cache()
-            return GenerationError(OUT_OF_MEMORY)
-        except Exception:  # one request's fault must not end all others
+            with self._adapters.alone(job.task.request.adapter):
+                logits_1V = running.steps.send(last[0]) if last else next(running.steps)
+        except Exception as error:  # one request's fault must not end all others
+            if is_out_of_memory(error):
+                logger.error("out of memory at a prompt of %d tokens: %s", len(job.task.prompt.token_ids), error)
+                self._counters.out_of_memory += 1
+                torch.cuda.empty_cache()
+                return GenerationError(OUT_OF_MEMORY)
             logger.exception("a request failed inside the model")
             return GenerationError(FAULT)
         choice = choose(logits_1V, [answer.sampler])[0]
