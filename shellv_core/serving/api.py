@@ -45,7 +45,8 @@ def create_app(
     """
     config = config or ApiConfig()
     limits = config.request
-    metrics, in_flight = Metrics(models), InFlight()
+    in_flight = InFlight()
+    metrics = Metrics(models, in_flight)
     decoder = ImageDecoder(limits.images)
     remote = remote or RemoteImages(limits.remote_images, limits.images.max_bytes)
 

@@ -335,6 +335,7 @@ def test_metrics_and_load(fenced, http):
         'shellv:http_responses_total{path="/v1/chat/completions",status="400"}',
         'shellv:generation_tokens_total{model_name="tiny"}',
         "shellv:kv_cache_usage_perc",
+        "shellv_requests_in_flight 0.0",
         "process_resident_memory_bytes",
     ):
         assert line in text, line

@@ -33,7 +33,7 @@ CHECKS = [
     [
         pytest.param(25, "fuzzing", 70),
         pytest.param(
-            7000, "examples,coverage,fuzzing,stateful", 20_000, marks=[pytest.mark.fuzz, pytest.mark.timeout(3 * 3600)]
+            5000, "examples,coverage,fuzzing,stateful", 20_000, marks=[pytest.mark.fuzz, pytest.mark.timeout(3 * 3600)]
         ),
     ],
 )
@@ -56,10 +56,10 @@ def test_no_answer_is_undocumented(start_endpoint, tmp_path, examples, phases, l
         command += ["--report", "json", "--report-json-path", str(report), "--phases", phases]
         environment = {**os.environ, "COLUMNS": "160"}
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        print(run.stdout[-6000:])
+        print(run.stdout[-2000:])
         assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-3000:]
         stats = endpoint.engine.stats()
-    summary = json.loads(report.read_text())
-    print(json.dumps(summary)[:3000])
     assert stats.running + stats.waiting == 0
-    assert least
+    cases = json.loads(report.read_text())["test_cases"]
+    assert cases["generated"] >= least
+    assert cases["with_failures"] == cases["errored"] == 0
