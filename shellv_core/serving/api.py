@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from shellv_core import __version__
 from shellv_core.serving.http.access import Access
 from shellv_core.serving.http.body import BodyLimit
+from shellv_core.serving.http.chat_bodies import ChatCompletionChunk
 from shellv_core.serving.http.config import ApiConfig
 from shellv_core.serving.http.errors import add_error_handlers
 from shellv_core.serving.http.keys import Keys
@@ -44,7 +45,8 @@ def create_app(
     """
     config = config or ApiConfig()
     limits = config.request
-    metrics, in_flight = Metrics(models), InFlight()
+    in_flight = InFlight()
+    metrics = Metrics(models, in_flight)
     decoder = ImageDecoder(limits.images)
     remote = remote or RemoteImages(limits.remote_images, limits.images.max_bytes)
 
@@ -54,7 +56,9 @@ def create_app(
         await asyncio.to_thread(decoder.close)
 
     # The interactive documentation would load scripts from a public network.
-    app = FastAPI(title="Shell-V", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Shell-V", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     add_error_handlers(app)
     api = Api(models, Reader(limits, decoder, remote), config, metrics)
     app.include_router(generation_routes(api))
@@ -81,8 +85,11 @@ def _describe_truly(app: FastAPI, keys: Keys | None) -> None:
                 operation["responses"].pop("422", None)
                 if keys is not None and path.startswith(API_PREFIXES):
                     operation["security"] = [{"key": []}]
+        schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
+            schemas.pop(name, None)
+        chunk = ChatCompletionChunk.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(chunk.pop("$defs"), ChatCompletionChunk=chunk)
         if keys is not None:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return schema

@@ -155,7 +155,7 @@ def _server(
     if config.ui:
         from shellv_core.serving.ui import mount_ui
 
-        mount_ui(app, url, names[0])
+        mount_ui(app, url, names[0], keys)
     page = f", chat page {url}/ui" if config.ui else ""
     logger.info("serving %s at %s/v1%s", ", ".join(names), url, page)
     if operations is not None:

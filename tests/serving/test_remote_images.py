@@ -310,7 +310,7 @@ def test_a_name_with_an_address_that_is_not_public(certificate, addresses):
         (response(headers=["content-type: image/png", "content-length: 50"], body=b"x"), "could not be fetched"),
         ([b"nonsense secret\r\n\r\n"], "could not be fetched"),
     ],
-)  # fmt: skip
+)
 def test_answers_that_are_not_taken(certificate, answer, message):
     found, dialled = get(certificate, Origin(answer))
     assert message in str(found)

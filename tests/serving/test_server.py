@@ -66,6 +66,21 @@ def test_the_page_is_served_and_names_no_other_place(model_path):
     assert len(model["revision"]) == 64
 
 
+def test_the_page_asks_for_a_key_where_there_are_keys(model_path, tmp_path):
+    from shellv_core.serving.http.keys import new_key
+    from shellv_core.serving.server import ServeConfig, background_server
+
+    secret, key = new_key("ann", frozenset({"chat"}))
+    (tmp_path / "keys").write_text(key.line())
+    config = ServeConfig(model=str(model_path), port=0, operations_port=None, keys=tmp_path / "keys")
+    with background_server(config) as url, httpx.Client(base_url=url) as client:
+        assert client.get("/ui/config").status_code == 401
+        assert client.post("/ui/login", data={"username": "ann", "password": "shellv-wrong"}).status_code == 400
+        assert client.post("/ui/login", data={"username": "ann", "password": secret}).status_code == 200
+        assert client.get("/ui/config").status_code == 200
+        assert client.get("/v1/models").status_code == 401  # the page's cookie opens the page alone
+
+
 def test_the_server_goes_with_a_killed_parent(model_path, tmp_path):
     script = (
         "import pathlib, sys, time\n"

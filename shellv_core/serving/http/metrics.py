@@ -6,7 +6,15 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -14,6 +22,7 @@ from shellv_core.serving.models import Models
 
 if TYPE_CHECKING:
     from shellv_core.serving.engine import TokenEvent
+    from shellv_core.serving.http.trace import InFlight
 
 SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
@@ -41,13 +50,17 @@ class Metrics:
 
     Args:
         models: whose engines are asked for their counters at every reading.
+        in_flight: the requests that are being answered or wait.
     """
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, in_flight: InFlight) -> None:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.registry.register(_EngineCollector(models))
+        # Without a colon, which is no letter of a metric's name in Kubernetes: what replicas are scaled by.
+        gauge = Gauge("shellv_requests_in_flight", "Requests that are answered or wait.", registry=self.registry)
+        gauge.set_function(lambda: in_flight.count)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", LONG)
         self.inter_token = self._histogram("inter_token_latency_seconds", "Between two tokens.", SHORT)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", LONG)

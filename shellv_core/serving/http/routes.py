@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 
 from shellv_core.serving.engine import GenerationRequest, RequestError
 from shellv_core.serving.http.answers import Answers, unless_disconnected
@@ -146,7 +147,10 @@ def _asker(body: SamplingBody, request: Request) -> str | None:
     return body.user or (None if holder == "-" else holder)
 
 
-def _streamed(chunk: type) -> dict[int | str, dict[str, Any]]:
+def _streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """A response that is JSON, or a stream of `chunk` where the request says so."""
-    schema = {"type": "string", "description": f"`data:` lines, each a {chunk.__name__}, then `data: [DONE]`."}
+    content = {"$ref": f"#/components/schemas/{chunk.__name__}"}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    text = f"Events whose data is a {chunk.__name__}, or an ErrorResponse, and at last `[DONE]`."
+    schema = {"type": "object", "description": text, "properties": {"data": data}, "required": ["data"]}
     return {200: {"description": "The answer.", "content": {"text/event-stream": {"schema": schema}}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 import secrets
 import time
@@ -22,6 +23,17 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(
     r"00-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<parent>(?!0{16})[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
 )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a request that is made on behalf of this one should carry, as ``x-request-id`` and ``traceparent``."""
+
+    request_id: str
+    traceparent: str
+
+
+current_trace: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("current_trace", default=None)
 
 
 @dataclass
@@ -53,6 +65,7 @@ class RequestTrace:
         traceparent = _traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
         state = scope.setdefault("state", {})
         state["request_id"], state["traceparent"], state["holder"] = request_id, traceparent, "-"
+        current_trace.set(Trace(request_id, traceparent))
         added = [(b"x-request-id", request_id.encode()), (b"traceparent", traceparent.encode())]
         status = 0
 
