@@ -109,6 +109,7 @@ class Line:
         self._current: _Current | None = None
         self._leaving: list[Running] = []
         self._generation = 0
+        self._draining = False
         self._said = ""
         self._failed: tuple[Target, float, float] | None = None  # what, not before when, pause
         self._closing, self._wake, self._looked = threading.Event(), threading.Event(), threading.Event()
@@ -152,8 +153,8 @@ class Line:
 
     async def drain(self, deadline_seconds: float) -> None:
         """Take no more work, let what runs finish, fail the rest after the deadline, and end everything."""
-        self._closing.set()
-        self._wake.set()
+        self._draining = True
+        self.close()
         current = self._current
         ending = [*self._leaving, *([current.running] if current else [])]
         await asyncio.gather(*(each.engine.drain(deadline_seconds) for each in ending))
@@ -169,6 +170,8 @@ class Line:
             self._looked.set()
             self._wake.wait(self._poll_seconds)
             self._wake.clear()
+        if self._draining:
+            return  # what runs is shown, and refuses, until the end
         current, self._current = self._current, None
         if current:
             self._retire(current.running, weakref.ref(current.models[0].engine))
