@@ -145,6 +145,8 @@ class EndpointClient:
         async with self._http() as http:
             response = await _sent(http, "GET", f"{self.api_url}/models")
             content = self._content(response)
+        if content.get("data") == []:
+            raise EndpointError(f"{self.url} serves no model yet.", response.status_code)
         try:
             model: dict[str, Any] = content["data"][0]
         except (KeyError, IndexError, TypeError):

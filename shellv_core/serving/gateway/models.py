@@ -36,14 +36,15 @@ class GatewayModels:
         self._draining = False
 
     def await_first(self) -> None:
-        """Return when every model is loaded, or waits for a registry that has none yet.
+        """Return when every model is loaded, or waits for what comes from elsewhere: an alias, a server.
 
         Raises:
             ShellVError: if one cannot be loaded.
         """
         for line in self._lines.values():
             line.await_look()
-            if line.error is not None and not isinstance(line.error, WAITS):
+            elsewhere = line.entry.follows_alias or line.entry.engine == "http"
+            if line.error is not None and not (elsewhere and isinstance(line.error, WAITS)):
                 for each in self._lines.values():
                     each.close()
                 raise line.error
