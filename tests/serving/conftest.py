@@ -69,10 +69,11 @@ def endpoint(model_path: Path, request: pytest.FixtureRequest) -> Iterator[Endpo
                 yield gateway
 
 
-@pytest.fixture(scope="session")
-def start_endpoint(model_path: Path) -> Any:
+@pytest.fixture(scope="session", params=PLACES)
+def start_endpoint(model_path: Path, request: pytest.FixtureRequest) -> Any:
     """Starts an API with settings of one's own over the tiny model; a context manager."""
-    return functools.partial(running_endpoint, model_path)
+    starts = {"direct": running_endpoint, "gateway": running_endpoint_behind}
+    return functools.partial(starts[request.param], model_path)
 
 
 @contextlib.contextmanager
@@ -106,22 +107,36 @@ def running_endpoint(
 
 
 @contextlib.contextmanager
-def gateway_before(*endpoints: Endpoint, api: Any = None, **entry: Any) -> Iterator[Endpoint]:
+def running_endpoint_behind(
+    model_path: Path, api: Any = None, engine_config: Any = None, keys: Any = None, remote: Any = None, **model: Any
+) -> Iterator[Endpoint]:
+    """As `running_endpoint`, with all that concerns the API in a gateway before it."""
+    with (
+        running_endpoint(model_path, engine_config=engine_config, **model) as endpoint,
+        gateway_before(endpoint, api=api, keys=keys, remote=remote) as gateway,
+    ):
+        yield gateway
+
+
+@contextlib.contextmanager
+def gateway_before(
+    *endpoints: Endpoint, api: Any = None, keys: Any = None, remote: Any = None, **entry: Any
+) -> Iterator[Endpoint]:
     """The API of a gateway whose servers are `endpoints`, with the first one's engine."""
     from urllib.parse import urlsplit
 
     from shellv_core.serving.gateway.config import ModelsFile
 
     ports = {urlsplit(each.operations_url).port for each in endpoints}
-    values = {"id": "tiny", "engine": "http", "urls": [each.url for each in endpoints], **entry}
+    values = {"id": "tiny", "engine": "http", "model": "tiny", "urls": [each.url for each in endpoints], **entry}
     if len(ports) == 1:
         values.setdefault("operations_port", ports.pop())
-    with running_gateway(ModelsFile.model_validate({"models": [values]}), api) as gateway:
+    with running_gateway(ModelsFile.model_validate({"models": [values]}), api, keys, remote) as gateway:
         yield Endpoint(gateway.url, endpoints[0].engine, gateway.operations_url)
 
 
 @contextlib.contextmanager
-def running_gateway(content: Any, api: Any = None) -> Iterator[Endpoint]:
+def running_gateway(content: Any, api: Any = None, keys: Any = None, remote: Any = None) -> Iterator[Endpoint]:
     """The API over what a `ModelsFile` says, whose `GatewayModels` stand for its engine."""
     from shellv_core.serving.api import create_app
     from shellv_core.serving.gateway.models import GatewayModels
@@ -133,6 +148,6 @@ def running_gateway(content: Any, api: Any = None) -> Iterator[Endpoint]:
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(bind("127.0.0.1", 0))
         operations = stack.enter_context(bind("127.0.0.1", 0))
-        server = Server(create_app(models, api), models, api.connection, operations)
+        server = Server(create_app(models, api, keys, remote), models, api.connection, operations)
         url = stack.enter_context(running_in_thread(server, listener))
         yield Endpoint(url, models, listening_url(operations))

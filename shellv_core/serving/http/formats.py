@@ -169,11 +169,11 @@ class Writer:
 
         Args:
             include_usage: give the request's token counts at the end.
-            continuous_usage: give each choice's own in each of its pieces.
+            continuous_usage: give each choice's own in each of its pieces, of which the first comes with its turn.
         """
         if continuous_usage:
             self._prompt_tokens = answers.prompt_tokens
-        if opening := self._shape.opening():
+        if opening := self._shape.opening() or (self._shape.closing() if continuous_usage else None):
             for index in range(count):
                 yield self._piece(index, opening, 0)
         offsets = [0] * count
