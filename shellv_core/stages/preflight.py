@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from pydantic import Field
@@ -122,11 +122,13 @@ def table(findings: Iterable[Finding]) -> str:
 
 
 def _check_settings(config: PreflightConfig) -> str:
+    from shellv_core.config import override_faults
     from shellv_core.stages.deploy import DEPLOYERS
-    from shellv_core.stages.presets import preset, stage_config
+    from shellv_core.stages.presets import overrides_of, preset, stage_config
 
-    preset(config.preset)
-    faults = list(_faults_of(config))
+    misplaced = [each for each in config.overrides if not any(overrides_of(stage, [each]) for stage in STAGE_NAMES)]
+    own = [each for stage in STAGE_NAMES for each in overrides_of(stage, config.overrides)]
+    faults = override_faults(preset(config.preset), [*misplaced, *own])
     unknown = [stage for stage in config.stages if stage not in STAGE_NAMES]
     faults += [f"{stage!r} is no stage; allowed: {', '.join(STAGE_NAMES)}" for stage in unknown]
     if not faults:
@@ -136,24 +138,6 @@ def _check_settings(config: PreflightConfig) -> str:
     if faults:
         raise ConfigError(" | ".join(dict.fromkeys(faults)))
     return f"preset {config.preset} with {len(config.overrides)} override(s), for {', '.join(config.stages)}"
-
-
-def _faults_of(config: PreflightConfig) -> Iterator[str]:
-    """Each override alone, then all together: some are wrong only beside others."""
-    from shellv_core.stages.presets import stage_config
-
-    single = 0
-    for override in config.overrides:
-        try:
-            stage_config(config.preset, STAGE_NAMES[0], [override])
-        except ConfigError as error:
-            single += 1
-            yield str(error)
-    if not single:
-        try:
-            stage_config(config.preset, STAGE_NAMES[0], config.overrides)
-        except ConfigError as error:
-            yield str(error)
 
 
 def _check_store(root_uri: str) -> str:
