@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser podman images sbom clean
+.PHONY: help install run serve test test-all test-fuzz check format compile efficacy smollm2 bench-data browser podman images sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -24,10 +24,13 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
 test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow and not fuzz"
 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not fuzz"
+
+test-fuzz: $(INSTALLED) ## 120,000 hostile requests and two minutes of overload against the API (over half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/serving
 
 podman:                ## install podman and what makes a base image where they are missing
 	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null && \

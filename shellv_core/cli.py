@@ -37,6 +37,7 @@ COMMANDS = {
     "models": ("show registered models, and what a version was made from", "shellv_core.stages.models_command"),
     "rollback": ("let the champion before be champion again", "shellv_core.stages.rollback_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
+    "key": ("make a key for a server that asks for keys", "shellv_core.serving.key_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
 #: Names the settings' own defaults in the place of a preset: for settings that are given whole.

@@ -42,5 +42,7 @@ def main(args: argparse.Namespace) -> int:
             logging.getLogger("shellv_core.serving").setLevel(logging.WARNING)
             from shellv_core.serving.server import ServeConfig, background_server
 
-            url = stack.enter_context(background_server(ServeConfig(model=args.model, port=0, ui=False)))
+            url = stack.enter_context(
+                background_server(ServeConfig(model=args.model, port=0, operations_port=None, ui=False))
+            )
         return Chat(EndpointClient(url), args.image, options).run()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "text"]
 
 
 class RequestError(ServingError):
@@ -84,7 +84,8 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; or, alone and in the role ``text``, a text that is continued as it is, without the
+    model's chat template."""
 
     role: Role
     parts: tuple[TextPart | ImagePart, ...]

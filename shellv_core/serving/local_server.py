@@ -49,6 +49,7 @@ def local_server(
     """
     port = port or _free_port(host)
     command = [sys.executable, "-m", "shellv_core.cli", "serve", "--model", model, "--host", host, "--port", str(port)]
+    command += ["--operations-port", "0"]
     if not keep_running:
         command += ["--until-stdin-closes", "--no-ui"]
     log_path.parent.mkdir(parents=True, exist_ok=True)

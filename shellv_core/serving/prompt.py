@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from shellv_core.serving.engine import ImagePart, Message, RequestError
+from shellv_core.serving.engine import ImagePart, Message, RequestError, TextPart
 from shellv_core.templates import template_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,12 @@ class PromptEncoder:
         Raises:
             RequestError: if the chat template refuses the conversation.
         """
-        turns, texts, images = self._turns(tuple(messages))
+        messages = tuple(messages)
+        if messages[0].role == "text":
+            text = "".join(part.text for part in messages[0].parts if isinstance(part, TextPart))
+            start: list[int] = self._tokenizer("")["input_ids"]
+            return Prompt([*start, *self._plain(text)])
+        turns, texts, images = self._turns(messages)
         template = self._render(turns)
         prepared = tuple(self._prepare(image) for image in images)
         token_ids = self._token_ids(template, texts, [image.num_tokens for image in prepared])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 DEFAULT_PORT = 8000
+DEFAULT_OPERATIONS_PORT = 8001
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "nf4", "int8")
 BATCHINGS = ("slots", "serial")
@@ -21,6 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="model id for clients (default: the reference's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (default: %(default)s)")
+    parser.add_argument(
+        "--operations-host", default="127.0.0.1", help="address for metrics, load and commands (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--operations-port",
+        type=int,
+        default=DEFAULT_OPERATIONS_PORT,
+        help="their port, 0 for a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="who may ask, made by `shellv key new`; read again at SIGHUP"
+    )
+    parser.add_argument("--open-to-all", action="store_true", help="allow other addresses than loopback without --keys")
+    parser.add_argument(
+        "--image-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures by https from this host, or from *.DOMAIN; repeat for more (default: from nowhere)",
+    )
     parser.add_argument(
         "--adapter",
         action="append",
@@ -60,14 +82,22 @@ def main(args: argparse.Namespace) -> int:
         ShellVError: if the endpoint cannot start.
     """
     from shellv_core.config import build_config
+    from shellv_core.serving.http.config import ApiConfig, RequestLimits
+    from shellv_core.serving.remote_images import RemoteImageConfig
     from shellv_core.serving.server import ServeConfig, serve
     from shellv_core.serving.transformers_engine import EngineConfig
 
+    remote = build_config(RemoteImageConfig, {"hosts": args.image_host})
     config = ServeConfig(
         model=args.model,
         name=args.name,
         host=args.host,
         port=args.port,
+        operations_host=args.operations_host,
+        operations_port=args.operations_port,
+        keys=args.keys,
+        open_to_all=args.open_to_all,
+        api=ApiConfig(request=RequestLimits(remote_images=remote)),
         ui=not args.no_ui,
         device=args.device,
         dtype=args.dtype,

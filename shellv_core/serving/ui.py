@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from shellv_core.errors import ServingError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from shellv_core.serving.http.keys import Keys
 
 PATH = "/ui"
 MAX_FILE_SIZE = "10mb"
@@ -39,8 +41,12 @@ CSS = """
 History = list[dict[str, Any]]
 
 
-def mount_ui(app: FastAPI, api_url: str, model_name: str) -> None:
-    """Mount the page into `app`; it asks the API at `api_url`."""
+def mount_ui(app: FastAPI, api_url: str, model_name: str, keys: Keys | None = None) -> None:
+    """Mount the page into `app`; it asks the API at `api_url`.
+
+    Args:
+        keys: who may use the page: it asks for a name and, as the password, a key that opens ``chat``.
+    """
     # Before the import: gradio reads it once, and would call home otherwise.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -50,7 +56,7 @@ def mount_ui(app: FastAPI, api_url: str, model_name: str) -> None:
     )
     gr.mount_gradio_app(
         app,
-        _page(EndpointClient(api_url), model_name),
+        _page(EndpointClient(api_url, keys.add("page", frozenset({"chat"})) if keys else ""), model_name),
         path=PATH,
         theme=theme,
         css=CSS,
@@ -58,7 +64,17 @@ def mount_ui(app: FastAPI, api_url: str, model_name: str) -> None:
         max_file_size=MAX_FILE_SIZE,
         footer_links=[],
         show_error=True,
+        auth=_login(keys) if keys else None,
+        auth_message="Your name, and your key as the password.",
     )
+
+
+def _login(keys: Keys) -> Callable[[str, str], bool]:
+    def may_use(name: str, secret: str) -> bool:
+        key = keys.find(secret)
+        return key is not None and "chat" in key.scopes
+
+    return may_use
 
 
 def _page(client: EndpointClient, model_name: str) -> Any:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running server, and the engine behind it."""
+    """A running server, the engine behind it, and its operations port."""
 
     url: str
     engine: Any
+    operations_url: str = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,14 +53,45 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> Path
 @pytest.fixture(scope="session")
 def endpoint(model_path: Path) -> Iterator[Endpoint]:
     """The API over the tiny model, with room for two requests that wait; answers of 2000 tokens take seconds."""
-    from shellv_core.models.compose import load_model
-    from shellv_core.serving.api import ApiConfig, create_app
-    from shellv_core.serving.models import FixedModels, ServedModel
-    from shellv_core.serving.server import Server, bind, running_in_thread
-    from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
+    from shellv_core.serving.http.config import ApiConfig, BodyLimits
+    from shellv_core.serving.transformers_engine import EngineConfig
 
-    engine = TransformersEngine(*load_model(model_path), EngineConfig(slots=1, max_waiting=2))
-    models = FixedModels(ServedModel(engine, "tiny", "0" * 64))
-    app = create_app(models, ApiConfig(max_body_bytes=4 << 20, body_timeout_seconds=2))
-    with bind("127.0.0.1", 0) as listener, running_in_thread(Server(app, models), listener) as url:
-        yield Endpoint(url, engine)
+    api = ApiConfig(body=BodyLimits(max_bytes=4 << 20, timeout_seconds=2))
+    with running_endpoint(model_path, api, EngineConfig(slots=1, max_waiting=2)) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def start_endpoint(model_path: Path) -> Any:
+    """Starts an API with settings of one's own over the tiny model; a context manager."""
+    return functools.partial(running_endpoint, model_path)
+
+
+@contextlib.contextmanager
+def running_endpoint(
+    model_path: Path,
+    api: Any = None,
+    engine_config: Any = None,
+    keys: Any = None,
+    remote: Any = None,
+    wrap: Any = None,
+    served: Any = None,
+) -> Iterator[Endpoint]:
+    """The API over the tiny model; `wrap` may put something before its engine, `served` say what is served of it."""
+    from shellv_core.models.compose import load_model
+    from shellv_core.serving.api import create_app
+    from shellv_core.serving.http.config import ApiConfig
+    from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
+    from shellv_core.serving.models import FixedModels, ServedModel
+    from shellv_core.serving.transformers_engine import TransformersEngine
+
+    engine: Any = TransformersEngine(*load_model(model_path), engine_config)
+    engine = wrap(engine) if wrap else engine
+    models = served(engine) if served else FixedModels(ServedModel(engine, "tiny", "0" * 64))
+    api = api or ApiConfig()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(bind("127.0.0.1", 0))
+        operations = stack.enter_context(bind("127.0.0.1", 0))
+        server = Server(create_app(models, api, keys, remote), models, api.connection, operations)
+        url = stack.enter_context(running_in_thread(server, listener))
+        yield Endpoint(url, engine, listening_url(operations))

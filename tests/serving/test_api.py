@@ -129,13 +129,24 @@ TEXT = {"type": "text", "text": "hi"}
         ({"messages": [USER], "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"messages": [USER], "max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"messages": [USER], "max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "not both"),
-        ({"messages": [USER], "n": 2}, "n", "should be 1"),
+        ({"messages": [USER], "n": 5}, "n", "less than or equal to 4"),
         ({"messages": [USER], "stop": ["a"] * 5}, "stop", "at most 4"),
         ({"messages": [USER], "stop": [""]}, "stop[0]", "at least 1 character"),
         ({"messages": [USER], "stop": 5}, "stop", "valid string"),
         ({"messages": [USER], "seed": 2**63}, "seed", "less than"),
         ({"messages": [USER], "temprature": 1}, "temprature", "did you mean 'temperature'"),
-        ({"messages": [USER], "tools": []}, "tools", "not a parameter of this endpoint"),
+        ({"messages": [USER], "tools": []}, "tools", "not supported by this model"),
+        ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format", "not supported by this"),
+        ({"messages": [USER], "top_logprobs": 2}, "top_logprobs", "only allowed with logprobs"),
+        ({"messages": [USER], "min_tokens": 9, "max_tokens": 3}, "min_tokens", "max_tokens 3"),
+        ({"messages": [USER], "logit_bias": {"x": 1}}, "logit_bias.x", "should match pattern"),
+        ({"messages": [USER], "logit_bias": {"99999": 1}}, "logit_bias", "tokens are 0 to"),
+        ({"messages": [USER], "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"messages": [USER], "top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"messages": [USER], "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"messages": [USER], "frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"messages": [USER], "shellv": {"return_tokens": True}}, "shellv.return_tokens", "not a parameter"),
+        ({"messages": [USER], **{f"x{i}": 1 for i in range(70)}}, None, "no object here has more than 64"),
         ({"messages": [USER], "stream_options": {}}, "stream_options", "only allowed with stream"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
@@ -339,5 +350,9 @@ def test_a_failure_in_the_middle_of_a_stream(endpoint, http_client, monkeypatch)
 def test_the_schema_names_the_error_body(http_client):
     schema = http_client.get("/openapi.json").json()
     responses = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "4XX", "5XX"}
+    assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "429", "500", "503", "504"}
+    for status, response in responses.items():
+        content = response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert content == ("ChatCompletion" if status == "200" else "ErrorResponse")
+    assert not any("422" in each["responses"] for path in schema["paths"].values() for each in path.values())
     assert http_client.get("/docs").status_code == 404

@@ -34,14 +34,17 @@ def gone(pid):
 
 
 def test_sigterm_lets_a_stream_finish_and_takes_no_more(server, tmp_path):
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "stream": True}
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1000, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         os.kill(server.pid, signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"{server.url}/healthz")
+        while httpx.get(f"{server.url}/readyz").status_code == 200:
+            pass
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": False})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) > 0
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
@@ -54,13 +57,28 @@ def test_sigterm_lets_a_stream_finish_and_takes_no_more(server, tmp_path):
 def test_the_page_is_served_and_names_no_other_place(model_path):
     from shellv_core.serving.server import ServeConfig, background_server
 
-    with background_server(ServeConfig(model=str(model_path), port=0)) as url:
+    with background_server(ServeConfig(model=str(model_path), port=0, operations_port=None)) as url:
         page = httpx.get(f"{url}/ui/")
         model = httpx.get(f"{url}/v1/models").json()["data"][0]
     assert page.status_code == 200
     assert "fonts.googleapis" not in page.text
     assert model["id"] == model_path.name
     assert len(model["revision"]) == 64
+
+
+def test_the_page_asks_for_a_key_where_there_are_keys(model_path, tmp_path):
+    from shellv_core.serving.http.keys import new_key
+    from shellv_core.serving.server import ServeConfig, background_server
+
+    secret, key = new_key("ann", frozenset({"chat"}))
+    (tmp_path / "keys").write_text(key.line())
+    config = ServeConfig(model=str(model_path), port=0, operations_port=None, keys=tmp_path / "keys")
+    with background_server(config) as url, httpx.Client(base_url=url) as client:
+        assert client.get("/ui/config").status_code == 401
+        assert client.post("/ui/login", data={"username": "ann", "password": "shellv-wrong"}).status_code == 400
+        assert client.post("/ui/login", data={"username": "ann", "password": secret}).status_code == 200
+        assert client.get("/ui/config").status_code == 200
+        assert client.get("/v1/models").status_code == 401  # the page's cookie opens the page alone
 
 
 def test_the_server_goes_with_a_killed_parent(model_path, tmp_path):
@@ -108,12 +126,12 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path, model_path):
 
 
 def test_draining_fails_what_takes_too_long(model_path, monkeypatch):
-    from shellv_core.serving import server
+    from shellv_core.serving.server import ServeConfig, background_server
 
-    monkeypatch.setattr(server, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr("shellv_core.serving.http.server.DRAIN_SECONDS", 0.3)
     lines = []
-    config = server.ServeConfig(model=str(model_path), port=0, ui=False)
-    with server.background_server(config) as url:
+    config = ServeConfig(model=str(model_path), port=0, operations_port=None, ui=False)
+    with background_server(config) as url:
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3000, "stream": True}
         begun = threading.Event()
 

@@ -28,10 +28,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 @pytest.fixture(scope="module")
 def server(model_path):
     """Address and engine of a server with the page."""
+    from shellv_core.endpoint.client import endpoint_url
     from shellv_core.models.compose import load_model
     from shellv_core.serving.api import create_app
+    from shellv_core.serving.http.server import Server, bind, running_in_thread
     from shellv_core.serving.models import FixedModels, ServedModel
-    from shellv_core.serving.server import Server, bind, endpoint_url, running_in_thread
     from shellv_core.serving.transformers_engine import TransformersEngine
     from shellv_core.serving.ui import mount_ui
 
