@@ -160,7 +160,7 @@ def test_our_own_images_are_of_this_version(root: str) -> None:
 
 @pytest.mark.parametrize("root", SERVERS)
 def test_the_server_has_time_to_drain(root: str) -> None:
-    from shellv_core.serving.server import DRAIN_SECONDS, FLUSH_SECONDS
+    from shellv_core.serving.http.server import DRAIN_SECONDS, FLUSH_SECONDS
 
     spec = pod(render(root))
     pause = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
