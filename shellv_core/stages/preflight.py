@@ -5,7 +5,6 @@ Needs no GPU and no GPU library. The memory of training is `check_training`'s, w
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from shellv_core.config import Config
-from shellv_core.errors import ConfigError, DiskFullError, ShellVError
+from shellv_core.errors import ConfigError, DiskFullError, ShellVError, without_passwords
 from shellv_core.logs import get_logger
 from shellv_core.stages import STAGE_NAMES
 from shellv_core.stages.task import run_id
@@ -74,11 +73,11 @@ def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
     findings, errors = [], []
     for name, check in checks.items():
         try:
-            findings.append(Finding(name=name, found=_without_passwords(check())))
+            findings.append(Finding(name=name, found=without_passwords(check())))
             logger.info("preflight: %s: %s", name, findings[-1].found)
         except ShellVError as error:
             errors.append(error)
-            findings.append(Finding(name=name, fault=_without_passwords(str(error))))
+            findings.append(Finding(name=name, fault=without_passwords(str(error))))
     if errors:
         kind = ConfigError if all(isinstance(error, ConfigError) for error in errors) else ShellVError
         faults = [f"{each.name}: {each.fault}" for each in findings if each.fault]
@@ -177,7 +176,3 @@ def _check_disk(min_free_gb: float) -> str:
             " SHELLV_HOME elsewhere."
         )
     return f"{free:.1f} GB free at {folder}"
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://", text)
