@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,24 @@ class EndpointError(ServingError):
     Attributes:
         status: the HTTP status, 0 where there was none.
         retry_after_seconds: how long the endpoint asks to be left alone, None where it says nothing.
+        param: the request's field that the endpoint names as at fault.
+        code: the endpoint's own word for the fault.
+        reached: False if no connection came about, so that nothing can have been done.
     """
 
-    def __init__(self, message: str, status: int = 0, retry_after_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int = 0,
+        retry_after_seconds: float | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        reached: bool = True,
+    ) -> None:
         super().__init__(message)
         self.status, self.retry_after_seconds = status, retry_after_seconds
+        self.param, self.code, self.reached = param, code, reached
 
     @property
     def reason(self) -> str:
@@ -132,6 +145,8 @@ class EndpointClient:
         async with self._http() as http:
             response = await _sent(http, "GET", f"{self.api_url}/models")
             content = self._content(response)
+        if content.get("data") == []:
+            raise EndpointError(f"{self.url} serves no model yet.", response.status_code)
         try:
             model: dict[str, Any] = content["data"][0]
         except (KeyError, IndexError, TypeError):
@@ -180,24 +195,51 @@ class EndpointClient:
         Raises:
             EndpointError: if the request is refused or fails on the way.
         """
+        body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **options}
+        async with aclosing(self.chunks("/chat/completions", body)) as chunks:
+            async for chunk in chunks:
+                yield _piece(chunk)
+
+    async def chunks(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The JSON of each event that the API's `path` streams; closing the generator closes the connection.
+
+        Raises:
+            EndpointError: if the request is refused or fails on the way.
+        """
         import httpx
 
-        body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **options}
         async with self._http() as http:
             try:
-                async with http.stream("POST", f"{self.api_url}/chat/completions", json=body) as response:
+                async with http.stream("POST", f"{self.api_url}{path}", json=body) as response:
                     if response.is_error:
                         await response.aread()
                         self._content(response)
                     async for line in response.aiter_lines():
-                        field, _, data = line.partition(": ")
+                        field, _, data = line.partition(":")
+                        data = data.strip()
+                        if field != "data":
+                            continue
                         if data == "[DONE]":
                             return
-                        if field == "data":
-                            yield _piece(json.loads(data), response.status_code)
+                        try:
+                            chunk = json.loads(data)
+                        except ValueError:
+                            raise EndpointError(f"{self.url} streams something else than JSON.") from None
+                        if "error" in chunk:
+                            raise self._fault(chunk, response.status_code)
+                        yield chunk
             except httpx.HTTPError as error:
                 raise _unreachable(self.url, error) from None
         raise EndpointError(f"{self.url} ended the connection in the middle of the answer.")
+
+    async def ask(self, method: str, url: str, **options: Any) -> dict[str, Any]:
+        """The JSON object that `url` answers with; `options` as httpx takes them.
+
+        Raises:
+            EndpointError: if nothing answers there, it refuses, or answers with something else.
+        """
+        async with self._http() as http:
+            return self._content(await _sent(http, method, url, **options))
 
     @asynccontextmanager
     async def _http(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -234,10 +276,17 @@ class EndpointClient:
                 wait,
             )
         if response.is_error:
-            # Some servers repeat the key that they refuse.
-            message = _message(content).replace(self._api_key, "***") if self._api_key else _message(content)
-            raise EndpointError(f"the endpoint says: {message}", response.status_code, wait)
+            raise self._fault(content, response.status_code, wait)
         return content
+
+    def _fault(self, content: dict[str, Any], status: int, wait: float | None = None) -> EndpointError:
+        error = content.get("error")
+        details = error if isinstance(error, dict) else {}
+        message = str(details.get("message") if details else content)
+        # Some servers repeat the key that they refuse.
+        message = message.replace(self._api_key, "***") if self._api_key else message
+        param, code = (each if isinstance(each, str) else None for each in (details.get("param"), details.get("code")))
+        return EndpointError(f"the endpoint says: {message}", status, wait, param=param, code=code)
 
 
 async def _sent(http: httpx.AsyncClient, method: str, url: str, **options: Any) -> httpx.Response:
@@ -247,11 +296,6 @@ async def _sent(http: httpx.AsyncClient, method: str, url: str, **options: Any) 
         return await http.request(method, url, **options)
     except httpx.HTTPError as error:
         raise _unreachable(url, error) from None
-
-
-def _message(content: dict[str, Any]) -> str:
-    error = content.get("error")
-    return str(error.get("message") if isinstance(error, dict) else content)
 
 
 def _unreadable(response: httpx.Response) -> EndpointError:
@@ -268,9 +312,7 @@ def _retry_after(header: str) -> float | None:
         return None
 
 
-def _piece(chunk: dict[str, Any], status: int) -> AnswerPiece:
-    if "error" in chunk:
-        raise EndpointError(f"the endpoint says: {_message(chunk)}", status)
+def _piece(chunk: dict[str, Any]) -> AnswerPiece:
     if not chunk["choices"]:
         return AnswerPiece(usage=chunk.get("usage"))
     choice = chunk["choices"][0]
@@ -278,5 +320,10 @@ def _piece(chunk: dict[str, Any], status: int) -> AnswerPiece:
 
 
 def _unreachable(url: str, error: Exception) -> EndpointError:
+    import httpx
+
     reason = str(error) or type(error).__name__
-    return EndpointError(f"{url} does not answer ({reason}). Start it with: shellv serve --model MODEL")
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        message = f"{url} does not answer ({reason}). Start it with: shellv serve --model MODEL"
+        return EndpointError(message, reached=False)
+    return EndpointError(f"{url} broke off ({reason}).")

@@ -43,6 +43,6 @@ def main(args: argparse.Namespace) -> int:
             from shellv_core.serving.server import ServeConfig, background_server
 
             url = stack.enter_context(
-                background_server(ServeConfig(model=args.model, port=0, operations_port=None, ui=False))
+                background_server(ServeConfig(model=args.model, follow=False, port=0, operations_port=None, ui=False))
             )
         return Chat(EndpointClient(url), args.image, options).run()

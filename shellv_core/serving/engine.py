@@ -63,6 +63,14 @@ class QueueTimeoutError(ServingError):
 class EngineStoppedError(ServingError):
     """The engine is shutting down or has died; another replica may answer."""
 
+    code = "shutting_down"
+
+
+class NotReadyError(EngineStoppedError):
+    """The model is not loaded, or no server of it answers now; in a while it may be."""
+
+    code = "not_ready"
+
 
 class GenerationError(ServingError):
     """The model failed while it answered."""
@@ -246,7 +254,10 @@ class EngineStats:
 class Engine(Protocol):
     """A model that continues conversations."""
 
-    context_length: int
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may take together; 0 where nobody tells."""
+        ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Stream the answer; closing the generator early cancels the request, which has left the model within two

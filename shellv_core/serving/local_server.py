@@ -47,7 +47,7 @@ def local_server(
     Raises:
         ServingError: with the log's last lines, if the server ends or does not answer in time.
     """
-    port = port or _free_port(host)
+    port = port or free_port(host)
     command = [sys.executable, "-m", "shellv_core.cli", "serve", "--model", model, "--host", host, "--port", str(port)]
     command += ["--operations-port", "0"]
     if not keep_running:
@@ -78,14 +78,16 @@ def _wait_until_ready(
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServingError(f"the server ended with code {process.returncode} before it was up:\n{_tail(log_path)}")
+            raise ServingError(
+                f"the server ended with code {process.returncode} before it was up:\n{log_tail(log_path)}"
+            )
         with contextlib.suppress(EndpointError):
             asyncio.run(client.check_readiness())
             return
         time.sleep(POLL_SECONDS)
     raise ServingError(
         f"the server at {client.url} was not ready within {timeout_seconds:g} seconds; its log ({log_path}) ends:\n"
-        f"{_tail(log_path)}\nRaise startup_timeout_seconds if the model needs longer to load."
+        f"{log_tail(log_path)}\nRaise startup_timeout_seconds if the model needs longer to load."
     )
 
 
@@ -101,11 +103,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _tail(path: Path) -> str:
+def log_tail(path: Path) -> str:
+    """The last lines of a log."""
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port that nobody uses at this moment."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

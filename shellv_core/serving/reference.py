@@ -25,6 +25,10 @@ MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
+class NotRegisteredError(ServingError):
+    """The registry holds no such version, or the alias names none; there may be one later."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model on this machine: `name` for clients, `revision` the SHA-256 over all its files' names and contents."""
@@ -82,11 +86,22 @@ def fetch_adapter(reference: str) -> ModelFiles:
     return _committed(reference, reference.rstrip("/").rpartition("/")[2], ADAPTER_PREFIX)
 
 
+def reference_name(reference: str) -> str:
+    """What a model is called that has no name of its own: the end of its reference, without an alias or version."""
+    match = REGISTERED.fullmatch(reference)
+    if match is not None:
+        return match["name"]
+    if "://" not in reference:
+        return _folder_name(Path(reference).absolute())
+    return reference.rstrip("/").rpartition("/")[2]
+
+
 def find_registered(reference: str) -> RegisteredSource:
     """The version that a ``models:/`` reference names.
 
     Raises:
-        ServingError: if the reference has another form, or there is no such version.
+        ServingError: if the reference has another form.
+        NotRegisteredError: if there is no such version.
         TrackingError: if the registry does not answer.
     """
     match = REGISTERED.fullmatch(reference)
@@ -104,7 +119,7 @@ def find_registered(reference: str) -> RegisteredSource:
         else:
             version = client.get_model_version(name, match["version"])
     except MlflowException as error:
-        raise ServingError(
+        raise NotRegisteredError(
             f"{reference} names no registered version ({str(error).splitlines()[0]}). Run promote first, or give a"
             " model directory."
         ) from None
@@ -154,7 +169,11 @@ def _folder(path: Path) -> ModelFiles:
             f"{path} is not a model directory (it has no {MODEL_FILE}). Give a model directory, the s3:// or file://"
             " address of a merge_lora output, or models:/NAME@ALIAS."
         )
-    return _read_folder(path, path.parent.name if path.name == MODEL_PREFIX else path.name)
+    return _read_folder(path, _folder_name(path))
+
+
+def _folder_name(path: Path) -> str:
+    return path.parent.name if path.name == MODEL_PREFIX else path.name
 
 
 def _read_folder(path: Path, name: str) -> ModelFiles:

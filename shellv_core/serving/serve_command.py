@@ -1,4 +1,4 @@
-"""``shellv serve``: one model behind an OpenAI-compatible API, with a chat page."""
+"""``shellv serve``: one model, or many, behind an OpenAI-compatible API, with a chat page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ BATCHINGS = ("slots", "serial")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what is served and where."""
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--model",
-        required=True,
         metavar="REFERENCE",
-        help="a model directory, the s3:// or file:// address of a merge_lora output, or models:/NAME@ALIAS",
+        help="a model directory, the s3:// or file:// address of a merge_lora output, or models:/NAME@ALIAS, which is"
+        " followed",
     )
+    what.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="many models, as docs/serving.md describes, with all that is said of one here; read again at SIGHUP",
+    )
+    parser.add_argument("--pin", action="store_true", help="keep the version that the alias names at the start")
     parser.add_argument("--name", help="model id for clients (default: the reference's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (default: %(default)s)")
@@ -89,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
 
     remote = build_config(RemoteImageConfig, {"hosts": args.image_host})
     config = ServeConfig(
-        model=args.model,
+        models_file=args.config,
+        model=args.model or "",
+        follow=not args.pin,
         name=args.name,
         host=args.host,
         port=args.port,

@@ -1,8 +1,9 @@
-"""One process that loads one model and serves it: API, probes, metrics and chat page."""
+"""One process that serves one model or many: API, probes, metrics and chat page."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import signal
@@ -11,28 +12,35 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shellv_core.config import Config, fingerprint
+from shellv_core.config import Config, build_config
 from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.models.config import Quantization
 from shellv_core.serving.api import ApiConfig, create_app
+from shellv_core.serving.gateway.config import ModelEntry, ModelsFile, read_models
+from shellv_core.serving.gateway.models import GatewayModels
 from shellv_core.serving.http.keys import Keys
 from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
-from shellv_core.serving.models import FixedModels, ServedModel
-from shellv_core.serving.reference import fetch_adapter, fetch_model
-from shellv_core.serving.transformers_engine import EngineConfig, TransformersEngine
+from shellv_core.serving.inference.loading import Dtype
+from shellv_core.serving.models import Models
+from shellv_core.serving.reference import reference_name
+from shellv_core.serving.transformers_engine import EngineConfig
 
 logger = get_logger(__name__)
 
 
 class ServeConfig(Config):
-    """How a model is served.
+    """How models are served.
 
     Attributes:
+        models_file: a ``models.yaml``, which says all that `model`, `name`, `follow`, `adapters`, `device`, `dtype`,
+            `quantization`, `engine` and `api` say for one model; None for one model.
         model: a reference as in `shellv_core.serving.reference`.
         name: the id that clients use; None takes the reference's.
+        follow: take up whatever an alias names later.
+        adapters: LoRA adapters beside the model, unmerged: references as in `fetch_adapter`, by the id for clients.
         host: the address to listen on; other than loopback it takes `keys`, or `open_to_all`.
         port: 0 takes a free one.
         operations_host: where metrics, load and commands are; loopback, unless a network around keeps others out.
@@ -42,11 +50,13 @@ class ServeConfig(Config):
         ui: whether the chat page is mounted at ``/ui``.
         device: where the model runs, as torch spells it; ``auto`` for all GPUs of this machine together.
         quantization: the language model's linear layers in 4 bits (nf4) or 8 (int8).
-        adapters: LoRA adapters beside the model, unmerged: references as in `fetch_adapter`, by the id for clients.
     """
 
-    model: str
+    models_file: Path | None = None
+    model: str = ""
     name: str | None = None
+    follow: bool = True
+    adapters: dict[str, str] = {}
     host: str = "127.0.0.1"
     port: int = 8000
     operations_host: str = "127.0.0.1"
@@ -55,9 +65,8 @@ class ServeConfig(Config):
     open_to_all: bool = False
     ui: bool = True
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     quantization: Quantization | None = None
-    adapters: dict[str, str] = {}
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
 
@@ -65,7 +74,7 @@ class ServeConfig(Config):
 def serve(config: ServeConfig, until_stdin_closes: bool = False) -> None:
     """Serve until SIGTERM or SIGINT, then let running answers finish; a second signal ends at once.
 
-    SIGHUP has the file of keys read again.
+    SIGHUP has the file of keys, and that of models, read again.
 
     Args:
         until_stdin_closes: stop as well when the standard input ends, as a pipe does when the process at its other
@@ -86,8 +95,7 @@ def serve(config: ServeConfig, until_stdin_closes: bool = False) -> None:
         handlers: dict[int, Any] = {
             each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)
         }
-        if keys is not None:
-            handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: keys.reload())
+        handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: _reload(keys, server.models))
         try:
             server.run(sockets=[listener])
         finally:
@@ -137,29 +145,45 @@ def _listeners(config: ServeConfig, stack: contextlib.ExitStack) -> tuple[socket
 def _server(
     config: ServeConfig, keys: Keys | None, listener: socket.socket, operations: socket.socket | None
 ) -> Server:
-    files = fetch_model(config.model)
-    adapters = {name: fetch_adapter(reference) for name, reference in config.adapters.items()}
-    from shellv_core.serving.inference.loading import load_served
-
-    model, processor, adapter_set = load_served(files.path, config.device, config.dtype, config.quantization, adapters)
-    engine = TransformersEngine(model, processor, config.engine, adapter_set)
-    served = ServedModel(engine, config.name or files.name, files.revision)
-    adapted = [
-        ServedModel(engine, name, fingerprint([files.revision, each.revision]), served.name, name)
-        for name, each in adapters.items()
-    ]
-    models = FixedModels(served, *adapted)
-    app = create_app(models, config.api, keys)
+    content = _content(config)
+    models = GatewayModels(content, functools.partial(_content, config) if config.models_file else None)
+    if len(content.models) == 1:
+        models.await_first()
+    app = create_app(models, content.api, keys)
     url = listening_url(listener)
+    names = [*(route.id for route in content.routes), *(entry.id for entry in content.models)]
     if config.ui:
         from shellv_core.serving.ui import mount_ui
 
-        mount_ui(app, url, served.name, keys)
+        mount_ui(app, url, names[0], keys)
     page = f", chat page {url}/ui" if config.ui else ""
-    logger.info("serving %s (revision %s) at %s/v1%s", served.name, served.revision[:12], url, page)
+    logger.info("serving %s at %s/v1%s", ", ".join(names), url, page)
     if operations is not None:
         logger.info("metrics, load and commands at %s", listening_url(operations))
-    return Server(app, models, config.api.connection, operations)
+    return Server(app, models, content.api.connection, operations)
+
+
+def _content(config: ServeConfig) -> ModelsFile:
+    if config.models_file is not None:
+        return read_models(config.models_file)
+    values = {
+        "id": config.name or reference_name(config.model),
+        "model": config.model,
+        "follow": config.follow,
+        "adapters": config.adapters,
+        "quantization": config.quantization,
+        "dtype": config.dtype,
+        "device": config.device,
+        "options": config.engine,
+    }
+    return ModelsFile(models=(build_config(ModelEntry, values),), api=config.api)
+
+
+def _reload(keys: Keys | None, models: Models) -> None:
+    if keys is not None:
+        keys.reload()
+    if isinstance(models, GatewayModels):
+        models.reload()
 
 
 def _stop_with_stdin(server: Server) -> None:

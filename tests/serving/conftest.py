@@ -50,15 +50,23 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> Path
     return path
 
 
-@pytest.fixture(scope="session")
-def endpoint(model_path: Path) -> Iterator[Endpoint]:
+#: The API's own tests run twice: before the model, and before a server that is before the model.
+PLACES = ["direct", pytest.param("gateway", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="session", params=PLACES)
+def endpoint(model_path: Path, request: pytest.FixtureRequest) -> Iterator[Endpoint]:
     """The API over the tiny model, with room for two requests that wait; answers of 2000 tokens take seconds."""
     from shellv_core.serving.http.config import ApiConfig, BodyLimits
     from shellv_core.serving.transformers_engine import EngineConfig
 
     api = ApiConfig(body=BodyLimits(max_bytes=4 << 20, timeout_seconds=2))
     with running_endpoint(model_path, api, EngineConfig(slots=1, max_waiting=2)) as endpoint:
-        yield endpoint
+        if request.param == "direct":
+            yield endpoint
+        else:
+            with gateway_before(endpoint, api=api) as gateway:
+                yield gateway
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +103,36 @@ def running_endpoint(
         server = Server(create_app(models, api, keys, remote), models, api.connection, operations)
         url = stack.enter_context(running_in_thread(server, listener))
         yield Endpoint(url, engine, listening_url(operations))
+
+
+@contextlib.contextmanager
+def gateway_before(*endpoints: Endpoint, api: Any = None, **entry: Any) -> Iterator[Endpoint]:
+    """The API of a gateway whose servers are `endpoints`, with the first one's engine."""
+    from urllib.parse import urlsplit
+
+    from shellv_core.serving.gateway.config import ModelsFile
+
+    ports = {urlsplit(each.operations_url).port for each in endpoints}
+    values = {"id": "tiny", "engine": "http", "urls": [each.url for each in endpoints], **entry}
+    if len(ports) == 1:
+        values.setdefault("operations_port", ports.pop())
+    with running_gateway(ModelsFile.model_validate({"models": [values]}), api) as gateway:
+        yield Endpoint(gateway.url, endpoints[0].engine, gateway.operations_url)
+
+
+@contextlib.contextmanager
+def running_gateway(content: Any, api: Any = None) -> Iterator[Endpoint]:
+    """The API over what a `ModelsFile` says, whose `GatewayModels` stand for its engine."""
+    from shellv_core.serving.api import create_app
+    from shellv_core.serving.gateway.models import GatewayModels
+    from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
+
+    api = api or content.api
+    models = GatewayModels(content)
+    models.await_first()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(bind("127.0.0.1", 0))
+        operations = stack.enter_context(bind("127.0.0.1", 0))
+        server = Server(create_app(models, api), models, api.connection, operations)
+        url = stack.enter_context(running_in_thread(server, listener))
+        yield Endpoint(url, models, listening_url(operations))

@@ -9,17 +9,22 @@ import pytest
 
 from shellv_core.serving.http.chat_bodies import ChatCompletion, ChatCompletionChunk
 from shellv_core.serving.http.completion_bodies import Completion
+from tests.serving.conftest import PLACES, gateway_before
 from tests.serving.tiny_model import data_url, picture
 
 USER = {"role": "user", "content": "what is in this picture ?"}
 
 
-@pytest.fixture(scope="module")
-def roomy(start_endpoint):
+@pytest.fixture(scope="module", params=PLACES)
+def roomy(start_endpoint, request):
     from shellv_core.serving.transformers_engine import EngineConfig
 
     with start_endpoint(engine_config=EngineConfig(max_waiting=64)) as endpoint:
-        yield endpoint
+        if request.param == "direct":
+            yield endpoint
+        else:
+            with gateway_before(endpoint) as gateway:
+                yield gateway
 
 
 @pytest.fixture

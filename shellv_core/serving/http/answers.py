@@ -146,6 +146,7 @@ class Answers:
             yield event
             if event.finish_reason is not None:
                 self.completion_tokens += event.completion_tokens
+                self.prompt_tokens = event.prompt_tokens  # some engines learn of it only now
                 return
             limit = self._timeouts.idle_seconds
 

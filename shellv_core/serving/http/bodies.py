@@ -43,9 +43,11 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """`include_usage`: send the token counts in a last chunk."""
+    """`include_usage`: send the token counts in a last chunk; `continuous_usage_stats`: and those so far in every one,
+    as vLLM does."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Extensions(Body):

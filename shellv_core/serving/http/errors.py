@@ -165,7 +165,7 @@ def describe(error: ServingError) -> tuple[int, dict[str, Any], dict[str, str]]:
         headers = {"retry-after": str(error.retry_after_seconds)}
         return 503, error_body(text, "server_error", code="queue_timeout"), headers
     if isinstance(error, EngineStoppedError):
-        return 503, error_body(text, "server_error", code="shutting_down"), {"retry-after": str(RETRY_AFTER_SECONDS)}
+        return 503, error_body(text, "server_error", code=error.code), {"retry-after": str(RETRY_AFTER_SECONDS)}
     if isinstance(error, AnswerTimeoutError):
         return 504, error_body(text, "server_error", code="timeout"), {}
     return 500, error_body(text, "server_error", code="generation_failed"), {}

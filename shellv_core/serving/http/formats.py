@@ -141,6 +141,7 @@ class Writer:
 
     def __init__(self, shape: Format, model: ServedModel, token_ids: bool) -> None:
         self._shape, self._token_ids = shape, token_ids
+        self._prompt_tokens: int | None = None
         self._head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -161,11 +162,20 @@ class Writer:
         ]
         return {**self._head, "object": self._shape.whole_object, "choices": choices, "usage": _usage(answers)}
 
-    async def stream(self, answers: Answers, count: int, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        """The events of a stream but ``[DONE]``."""
+    async def stream(
+        self, answers: Answers, count: int, include_usage: bool, continuous_usage: bool = False
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a stream but ``[DONE]``.
+
+        Args:
+            include_usage: give the request's token counts at the end.
+            continuous_usage: give each choice's own in each of its pieces.
+        """
+        if continuous_usage:
+            self._prompt_tokens = answers.prompt_tokens
         if opening := self._shape.opening():
             for index in range(count):
-                yield self._piece(index, opening)
+                yield self._piece(index, opening, 0)
         offsets = [0] * count
         async with aclosing(answers.steps()) as steps:
             async for index, step in steps:
@@ -175,15 +185,17 @@ class Writer:
                 piece = self._shape.piece(answer, offsets[index])
                 offsets[index] += len(step.text)
                 if piece is not None or extensions:
-                    yield self._piece(index, {**(piece or self._shape.closing()), **extensions})
+                    content = {**(piece or self._shape.closing()), **extensions}
+                    yield self._piece(index, content, step.completion_tokens)
                 if step.finish_reason is not None:
-                    yield self._piece(index, self._shape.closing(), step.finish_reason)
+                    yield self._piece(index, self._shape.closing(), step.completion_tokens, step.finish_reason)
         if include_usage:
             yield event({**self._head, "object": self._shape.piece_object, "choices": [], "usage": _usage(answers)})
 
-    def _piece(self, index: int, content: Json, finish_reason: str | None = None) -> bytes:
+    def _piece(self, index: int, content: Json, tokens: int, finish_reason: str | None = None) -> bytes:
         choice = {"index": index, **content, "finish_reason": finish_reason}
-        return event({**self._head, "object": self._shape.piece_object, "choices": [choice]})
+        usage = {} if self._prompt_tokens is None else {"usage": _counts(self._prompt_tokens, tokens)}
+        return event({**self._head, "object": self._shape.piece_object, "choices": [choice], **usage})
 
     def _extensions(self, answer: Collected) -> Json:
         """The choice's `shellv` object, where it was asked for; further extensions belong here."""
@@ -191,11 +203,11 @@ class Writer:
 
 
 def _usage(answers: Answers) -> Json:
-    return {
-        "prompt_tokens": answers.prompt_tokens,
-        "completion_tokens": answers.completion_tokens,
-        "total_tokens": answers.prompt_tokens + answers.completion_tokens,
-    }
+    return _counts(answers.prompt_tokens, answers.completion_tokens)
+
+
+def _counts(prompt: int, completion: int) -> Json:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _chance(chance: TokenChance) -> Json:

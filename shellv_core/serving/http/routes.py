@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from shellv_core.serving.engine import GenerationRequest, RequestError
 from shellv_core.serving.http.answers import Answers, unless_disconnected
-from shellv_core.serving.http.bodies import SamplingBody
+from shellv_core.serving.http.bodies import SamplingBody, StreamOptions
 from shellv_core.serving.http.chat_bodies import ChatCompletion, ChatCompletionChunk, ChatRequest
 from shellv_core.serving.http.completion_bodies import (
     Completion,
@@ -60,8 +60,8 @@ class Api:
         writer = Writer(shape, model, body.shellv is not None and body.shellv.return_token_ids)
         headers = {"x-model-revision": model.revision}
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = writer.stream(answers, count, include_usage)
+            options = body.stream_options or StreamOptions()
+            events = writer.stream(answers, count, options.include_usage, options.continuous_usage_stats)
             return EventStream(events, headers, self.config.timeouts.ping_seconds, stack.pop_all())
         return JSONResponse(await unless_disconnected(http_request, writer.whole(answers)), headers=headers)
 
@@ -78,7 +78,7 @@ def generation_routes(api: Api) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation; with `stream` as server-sent events that end with ``[DONE]``."""
         request.state.arrived = time.monotonic()
-        model = api.models.find(body.model, body.user)
+        model = api.models.find(body.model, _asker(body, request))
         async with contextlib.AsyncExitStack() as stack:
             lease = stack.enter_context(api.reader.decoder.lease())
             wanted = await unless_disconnected(request, api.reader.chat(body, model.adapter, lease))
@@ -92,7 +92,7 @@ def generation_routes(api: Api) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a text; with `stream` as server-sent events that end with ``[DONE]``."""
         request.state.arrived = time.monotonic()
-        model = api.models.find(body.model, body.user)
+        model = api.models.find(body.model, _asker(body, request))
         async with contextlib.AsyncExitStack() as stack:
             wanted = api.reader.completion(body, model.adapter)
             return await api.answer(request, body, model, wanted, CompletionFormat(body.logprobs is not None), stack)
@@ -123,7 +123,7 @@ def catalog_routes(api: Api) -> APIRouter:
         """The models that are served, each adapter with its parent."""
         return ModelList(data=[_card(model) for model in api.models.list()])
 
-    @router.get("/v1/models/{model_id:path}", responses=documented(401, 403, 404, 429))
+    @router.get("/v1/models/{model_id:path}", responses=documented(401, 403, 404, 429, 503))
     async def retrieve_model(model_id: Annotated[str, Path(min_length=1)]) -> ModelCard:
         """One model."""
         return _card(api.models.find(model_id))
@@ -139,6 +139,12 @@ def _card(model: ServedModel) -> ModelCard:
         revision=model.revision,
         context_length=model.engine.context_length,
     )
+
+
+def _asker(body: SamplingBody, request: Request) -> str | None:
+    """Who asks: the body's word for it, else the key's holder, if there are keys."""
+    holder = request.state.holder
+    return body.user or (None if holder == "-" else holder)
 
 
 def _streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
     ) -> None:
         limits = limits or ConnectionLimits()
         super().__init__(_uvicorn_config(app, limits))
-        self._models, self._in_flight = models, app.state.in_flight
+        self.models, self._in_flight = models, app.state.in_flight
         self._operations = operations
         self._inner: _InnerServer | None = None
         if operations is not None:
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Refuse new work, let running answers finish within the deadline, fail the rest."""
-        drain = asyncio.create_task(self._models.drain(DRAIN_SECONDS))
+        drain = asyncio.create_task(self.models.drain(DRAIN_SECONDS))
         while not drain.done() and not self.force_exit:
             await asyncio.sleep(POLL_SECONDS)
         with contextlib.suppress(TimeoutError):

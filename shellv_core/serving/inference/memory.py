@@ -52,14 +52,18 @@ def kv_capacity(model: Any, slots: int, context_length: int, limit_gib: float | 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes on `device` that keys and values may take."""
+    return int((SHARE_OF_GPU if device.type == "cuda" else SHARE_OF_CPU) * free_memory(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`."""
     import torch
 
     if device.type == "cuda":
-        return int(SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-        return int(SHARE_OF_CPU * free)
-    return int(SHARE_OF_CPU * _free_ram())
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return _free_ram()
 
 
 def _free_ram() -> int:
