@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run serve test test-all test-fuzz check format compile efficacy smollm2 bench-data browser podman images sbom clean
+.PHONY: help install run run-containers serve test test-all test-fuzz test-containers check format compile efficacy \
+  smollm2 bench-data bench-slots browser podman images sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -75,6 +76,9 @@ $(SMOLLM2): $(INSTALLED)
 bench-data: $(INSTALLED) ## the figures of docs/data-figures.md and docs/hallucinated-captions.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.hallucinated_captions
+
+bench-slots: $(INSTALLED) ## many requests at once against one at a time and other ways (8 minutes on two idle cores)
+	$(BIN)/python -m tests.bench.slots
 
 clean:                 ## delete what runs have left (data, models, tracking)
 	rm -rf .shellv

@@ -28,11 +28,11 @@ def shellv_data(
     settings = {"root_uri": root_uri, "preset": preset, "overrides": overrides}
     with dsl.ExitHandler(reported(place, root_uri), name="run"):
         checks = checked(place, ("prepare_data",), settings)
-        own = checks.settings("prepare_data")
-        planned = place(plan_data(**own, num_ranges=data_num_ranges), "plan data").after(*checks.tasks)
+        # All overrides: none of these is cached, and kfp.local hands a loop's tasks an element of another task's list.
+        planned = place(plan_data(**settings, num_ranges=data_num_ranges), "plan data").after(*checks.tasks)
         with dsl.ParallelFor(planned.output, name="shards") as units:
-            written = place(write_data(**own, units=units), "write shards")
-        place(prepare_data(**own, written=dsl.Collected(written.output)), "join and commit")
+            written = place(write_data(**settings, units=units), "write shards")
+        place(prepare_data(**settings, written=dsl.Collected(written.output)), "join and commit")
 
 
 SHELLV_DATA = Definition("shellv-data", "Shell-V: prepare data in parallel", shellv_data)

@@ -56,11 +56,30 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
     """
     values = config.model_dump()
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value, for example seed=1.")
-        _set(type(config), values, key, _parse_value(key, text))
+        _apply(type(config), values, override)
     return build_config(type(config), values)
+
+
+def override_faults(config: Config, overrides: Iterable[str]) -> list[str]:
+    """All that `apply_overrides` would refuse, where it stops at the first unknown key."""
+    values, faults = config.model_dump(), []
+    for override in overrides:
+        try:
+            _apply(type(config), values, override)
+        except ConfigError as error:
+            faults.append(str(error))
+    try:
+        build_config(type(config), values)
+    except ConfigError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _apply(config_class: type[Config], values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example seed=1.")
+    _set(config_class, values, key, _parse_value(key, text))
 
 
 def merge_values(config: C, values: Mapping[str, Any]) -> C:

@@ -26,6 +26,13 @@ A message says what is wrong, the value received, what is allowed and what to do
 
 from __future__ import annotations
 
+import re
+
+
+def without_passwords(text: str) -> str:
+    """`text` whose addresses have lost the user and password that they may hold."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
 
 class ShellVError(Exception):
     """Base of all faults that are reported to the user as one paragraph, without a traceback."""
@@ -85,6 +92,9 @@ class EvaluationError(ShellVError):
 
 class TrackingError(ShellVError):
     """MLflow refused or does not answer."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_passwords(message))
 
 
 class PromotionError(ShellVError):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from shellv_core.config import Config, nearest
+from shellv_core.config import Config
 from shellv_core.errors import ShellVError
 from shellv_core.logs import get_logger
 from shellv_core.serving.engine import (
@@ -29,10 +29,10 @@ from shellv_core.serving.engine import (
     Message,
     QueueFullError,
     QueueTimeoutError,
-    RequestError,
     TokenEvent,
 )
 from shellv_core.serving.inference.adapters import AdapterSet
+from shellv_core.serving.inference.admission import allowed_tokens, check_request, context_length_of, end_ids_of
 from shellv_core.serving.inference.answer import Task, Vocabulary
 from shellv_core.serving.inference.job import Counters, Delivery, Job, Runner, post
 from shellv_core.serving.prompt import PromptEncoder
@@ -96,11 +96,11 @@ class TransformersEngine:
         # One thread, so that requests keep their order.
         self._preparation = ThreadPoolExecutor(1, "prompts")
         tokenizer = copy.deepcopy(processor.tokenizer)
-        self.context_length = min(_context_length(model, tokenizer), self.config.context_length or sys.maxsize)
+        self.context_length = min(context_length_of(model, tokenizer), self.config.context_length or sys.maxsize)
         self._vocabulary = Vocabulary(
             tokenizer,
             model.config.get_text_config().vocab_size,
-            _end_ids(model, tokenizer),
+            end_ids_of(model, tokenizer),
             template_of(processor).stop_strings,
         )
         self._counters = Counters()
@@ -127,7 +127,7 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
-        self._check(request)
+        check_request(request, [adapter.name for adapter in self.adapters()], self._vocabulary.size)
         self._admit()
         try:
             job = await self._prepare(request)
@@ -239,25 +239,6 @@ class TransformersEngine:
             config.prefill_tokens,
         )
 
-    def _check(self, request: GenerationRequest) -> None:
-        names = [adapter.name for adapter in self.adapters()]
-        if request.adapter is not None and request.adapter not in names:
-            raise RequestError(
-                f"the adapter {request.adapter!r} is not loaded; {nearest(request.adapter, names)}",
-                "model",
-                "model_not_found",
-            )
-        beyond = [token_id for token_id in request.logit_bias if not 0 <= token_id < self._vocabulary.size]
-        if beyond:
-            raise RequestError(
-                f"logit_bias names token {beyond[0]}; this model's tokens are 0 to {self._vocabulary.size - 1}.",
-                "logit_bias",
-            )
-        if request.max_tokens is not None and request.min_tokens > request.max_tokens:
-            raise RequestError(
-                f"min_tokens={request.min_tokens} is more than max_tokens={request.max_tokens}.", "min_tokens"
-            )
-
     def _admit(self) -> None:
         if self._draining or not self._thread.is_alive():
             raise EngineStoppedError(STOPPING)
@@ -278,27 +259,13 @@ class TransformersEngine:
         """Encode the prompt, and hand the request to the engine's thread."""
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, request.messages)
-        job = Job(Task(request, prompt, self._allowed_tokens(request, len(prompt.token_ids))), loop)
+        length, default = len(prompt.token_ids), self.config.default_max_tokens
+        job = Job(Task(request, prompt, allowed_tokens(request, length, self.context_length, default)), loop)
         with self._lock:  # so that no job lands behind the end mark
             if self._aborted.is_set() or not self._thread.is_alive():
                 raise EngineStoppedError(STOPPING)
             self._pending.put(job)
         return job
-
-    def _allowed_tokens(self, request: GenerationRequest, num_prompt_tokens: int) -> int:
-        room = self.context_length - num_prompt_tokens
-        wanted = request.max_tokens if request.max_tokens is not None else max(request.min_tokens, 1)
-        if wanted > room:
-            answer = f" and {wanted} for the answer" if request.max_tokens is not None else ""
-            raise RequestError(
-                f"this model's context holds {self.context_length} tokens, but the messages take {num_prompt_tokens}"
-                f" (pictures included){answer}; shorten the messages or lower max_tokens.",
-                "messages",
-                "context_length_exceeded",
-            )
-        if request.max_tokens is not None:
-            return request.max_tokens
-        return min(max(self.config.default_max_tokens, request.min_tokens), room)
 
     def _live(self) -> None:
         """The thread's life: it serves until it is told to stop, and once more if it dies of a fault of its own."""
@@ -376,15 +343,3 @@ class TransformersEngine:
         self._waiting.clear()
         self._runner = self._new_runner()
         self._deliver([Delivery(job, None if job.cancelled.is_set() else error) for job in left])
-
-
-def _context_length(model: Any, tokenizer: Any) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # Tokenizers without a limit of their own report an astronomic one.
-    return int(min(positions or tokenizer.model_max_length, tokenizer.model_max_length))
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    found = model.generation_config.eos_token_id
-    ids = found if isinstance(found, list) else [found]
-    return frozenset(token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)

@@ -5,15 +5,14 @@ Needs no GPU and no GPU library. The memory of training is `check_training`'s, w
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from pydantic import Field
 
 from shellv_core.config import Config
-from shellv_core.errors import ConfigError, DiskFullError, ShellVError
+from shellv_core.errors import ConfigError, DiskFullError, ShellVError, without_passwords
 from shellv_core.logs import get_logger
 from shellv_core.stages import STAGE_NAMES
 from shellv_core.stages.task import run_id
@@ -74,11 +73,11 @@ def gather(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
     findings, errors = [], []
     for name, check in checks.items():
         try:
-            findings.append(Finding(name=name, found=_without_passwords(check())))
+            findings.append(Finding(name=name, found=without_passwords(check())))
             logger.info("preflight: %s: %s", name, findings[-1].found)
         except ShellVError as error:
             errors.append(error)
-            findings.append(Finding(name=name, fault=_without_passwords(str(error))))
+            findings.append(Finding(name=name, fault=without_passwords(str(error))))
     if errors:
         kind = ConfigError if all(isinstance(error, ConfigError) for error in errors) else ShellVError
         faults = [f"{each.name}: {each.fault}" for each in findings if each.fault]
@@ -122,11 +121,13 @@ def table(findings: Iterable[Finding]) -> str:
 
 
 def _check_settings(config: PreflightConfig) -> str:
+    from shellv_core.config import override_faults
     from shellv_core.stages.deploy import DEPLOYERS
-    from shellv_core.stages.presets import preset, stage_config
+    from shellv_core.stages.presets import overrides_of, preset, stage_config
 
-    preset(config.preset)
-    faults = list(_faults_of(config))
+    misplaced = [each for each in config.overrides if not any(overrides_of(stage, [each]) for stage in STAGE_NAMES)]
+    own = [each for stage in STAGE_NAMES for each in overrides_of(stage, config.overrides)]
+    faults = override_faults(preset(config.preset), [*misplaced, *own])
     unknown = [stage for stage in config.stages if stage not in STAGE_NAMES]
     faults += [f"{stage!r} is no stage; allowed: {', '.join(STAGE_NAMES)}" for stage in unknown]
     if not faults:
@@ -136,24 +137,6 @@ def _check_settings(config: PreflightConfig) -> str:
     if faults:
         raise ConfigError(" | ".join(dict.fromkeys(faults)))
     return f"preset {config.preset} with {len(config.overrides)} override(s), for {', '.join(config.stages)}"
-
-
-def _faults_of(config: PreflightConfig) -> Iterator[str]:
-    """Each override alone, then all together: some are wrong only beside others."""
-    from shellv_core.stages.presets import stage_config
-
-    single = 0
-    for override in config.overrides:
-        try:
-            stage_config(config.preset, STAGE_NAMES[0], [override])
-        except ConfigError as error:
-            single += 1
-            yield str(error)
-    if not single:
-        try:
-            stage_config(config.preset, STAGE_NAMES[0], config.overrides)
-        except ConfigError as error:
-            yield str(error)
 
 
 def _check_store(root_uri: str) -> str:
@@ -193,7 +176,3 @@ def _check_disk(min_free_gb: float) -> str:
             " SHELLV_HOME elsewhere."
         )
     return f"{free:.1f} GB free at {folder}"
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://", text)

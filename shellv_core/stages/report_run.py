@@ -56,7 +56,7 @@ def run(config: ReportRunConfig) -> str:
     worked, faults = _worked()
     removed = _clean_up()
     failed = [each.stage for each in worked if each.status in NOT_WELL]
-    logger.info("report: run %s %s, %d stage(s) did work", run_id(), config.state.lower(), len(worked))
+    logger.info("report: run %s %s, %d stage(s) did work", run_id() or "unknown", config.state.lower(), len(worked))
     for note in [*(f"{stage} failed" for stage in failed), *faults, *removed]:
         logger.info("report: %s", note)
     return render(config, worked, [*faults, *removed])

@@ -97,7 +97,7 @@ def test_another_stage_s_override_leaves_a_task_in_the_cache(project: Project, t
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = re.split(r"^RUN ", done.stdout, flags=re.MULTILINE)[1:]
-    worked = ["pretrain_projector: " in each for each in runs]
+    worked = [re.search(r"pretrain_projector: (reusing|writing) ", each) is not None for each in runs]
     assert worked == [True, False, True], done.stdout
 
 

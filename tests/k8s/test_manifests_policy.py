@@ -160,7 +160,7 @@ def test_our_own_images_are_of_this_version(root: str) -> None:
 
 @pytest.mark.parametrize("root", SERVERS)
 def test_the_server_has_time_to_drain(root: str) -> None:
-    from shellv_core.serving.server import DRAIN_SECONDS, FLUSH_SECONDS
+    from shellv_core.serving.http.server import DRAIN_SECONDS, FLUSH_SECONDS
 
     spec = pod(render(root))
     pause = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -178,7 +178,7 @@ def test_the_server_is_started_with_arguments_that_it_takes() -> None:
     for key, value in settings.items():
         arguments = [each.replace(f"$({key})", value) for each in arguments]
     options = _parser("serve").parse_args(arguments)
-    assert options.port == container["ports"][0]["containerPort"]
+    assert [options.port, options.operations_port] == [each["containerPort"] for each in container["ports"]]
     assert (options.device, options.dtype, options.model) == ("cuda", "bfloat16", "models:/shellv-7b@champion")
     assert not any("$(" in each for each in arguments)
 

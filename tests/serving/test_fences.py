@@ -237,7 +237,7 @@ def test_the_whole_takes_too_long(start_endpoint):
 def test_a_client_that_does_not_read_is_cut(fenced):
     """A stream of more than what the sockets hold, to a client that takes nothing of it."""
     body = json.dumps(
-        {"messages": [USER], "max_tokens": 4000, "stream": True, "logprobs": True, "top_logprobs": 20}
+        {"messages": [USER], "max_tokens": 4000, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20}
     ).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -245,8 +245,8 @@ def test_a_client_that_does_not_read_is_cut(fenced):
         connection.connect((parts.hostname, parts.port))
         before, cancelled = fenced.engine.closed, fenced.engine.stats().cancelled
         connection.sendall(post(body))
-        wait_for(lambda: fenced.engine.closed == before + 1, 120)
-        wait_for(lambda: fenced.engine.stats().cancelled == cancelled + 1)
+        wait_for(lambda: fenced.engine.closed == before + 4, 120)
+        wait_for(lambda: fenced.engine.stats().cancelled == cancelled + 4)
     wait_for(lambda: idle(fenced))
 
 

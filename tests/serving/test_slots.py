@@ -98,6 +98,23 @@ def test_without_memory_the_newest_request_fails_and_the_others_go_on(new_engine
     assert engine.stats().out_of_memory >= 2
 
 
+def test_without_memory_for_keys_and_values_the_request_fails_and_the_next_is_answered(new_engine, monkeypatch):
+    engine = new_engine(slots=4)
+    add, calls = engine._runner._table.add, []
+
+    def failing(row):
+        calls.append(row)
+        if len(calls) < 3:
+            raise torch.OutOfMemoryError("no memory")
+        add(row)
+
+    monkeypatch.setattr(engine._runner._table, "add", failing)
+    with pytest.raises(GenerationError, match="ran out of memory"):
+        asyncio.run(answer(engine, request(max_tokens=3)))
+    assert len(asyncio.run(answer(engine, request(max_tokens=3)))) == 3
+    assert (engine.stats().slots, engine.stats().restarts) == (2, 0)
+
+
 def test_a_fault_in_a_batch_ends_the_request_at_fault_alone(new_engine, processor, monkeypatch):
     requests = several(5)
     expected = asyncio.run(outcomes(new_engine(), requests))

@@ -112,11 +112,11 @@ class SlotLayer(CacheLayerMixin):
         return self.capacity
 
     def resize(self, num_slots: int, capacity: int) -> None:
-        """Change the tensors' shape and keep what fits both."""
-        slots, positions = min(num_slots, self.num_slots), min(capacity, self.capacity)
+        """Change the tensors' shape and keep what fits both; may be repeated after it failed."""
         self.num_slots, self.capacity = num_slots, capacity
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
+            slots, positions = min(num_slots, old.shape[0]), min(capacity, old.shape[2])
             new = old.new_zeros((num_slots, old.shape[1], capacity, old.shape[3]))
             new[:slots, :, :positions] = old[:slots, :, :positions]
             setattr(self, name, new)
@@ -137,9 +137,9 @@ class SlotCache(Cache):
 
     def resize(self, num_slots: int, capacity: int) -> None:
         """Change the number of slots and of positions in each."""
-        self.num_slots, self.capacity = num_slots, capacity
         for layer in self.slot_layers:
             layer.resize(num_slots, capacity)
+        self.num_slots, self.capacity = num_slots, capacity
 
     def swap(self, first: int, second: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""

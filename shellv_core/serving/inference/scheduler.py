@@ -67,7 +67,7 @@ class SlotRunner:
     def step(self, waiting: deque[Job]) -> list[Delivery]:
         """See `Runner.step`."""
         deliveries = self._drop_cancelled()
-        self._admit(waiting)
+        deliveries += self._admit(waiting)
         deliveries += self._see_images()
         deliveries += self._read()
         if decoding := self._table.decoding:
@@ -81,21 +81,38 @@ class SlotRunner:
             self._table.remove(row)
         return [Delivery(row.job, None) for row in cancelled]
 
-    def _admit(self, waiting: deque[Job]) -> None:
+    def _admit(self, waiting: deque[Job]) -> list[Delivery]:
         while waiting and len(self._table.rows) < self.slots:
             prompt = waiting[0].task.prompt
             need = len(prompt.token_ids) + waiting[0].task.max_tokens
             if not self._table.fits(need):
-                return
+                break
             job = waiting.popleft()
             job.started = time.monotonic()
             answer = Answer(job.task, self._vocabulary, self._model.device)
             row = Row(job, answer, content_ids(prompt), need, next(self._orders))
             row.image_positions, row.features = image_positions(prompt), [None] * len(prompt.images)
-            self._table.add(row)
+            if not self._place(row):
+                return [Delivery(job, GenerationError(OUT_OF_MEMORY))]
             self._counters.prompt_tokens += len(prompt.token_ids)
             self._counters.prefix_tokens += row.filled
             post([Delivery(job, answer.opening())])
+        return []
+
+    def _place(self, row: Row) -> bool:
+        """Give a row its slot; False if there is no memory for it, not even after all that can be freed was."""
+        for last in (False, True):
+            try:
+                self._table.add(row)
+                return True
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.exception("no memory for keys and values of %d more tokens", row.need)
+                self._counters.out_of_memory += 1
+                if not last:
+                    self._save_memory()
+        return False
 
     def _see_images(self) -> list[Delivery]:
         """Get the features that the next rows need: the vision tower sees as many pictures as a step's prompts take,
