@@ -59,6 +59,7 @@ def test_kill_9_of_a_worker(model_path):
         engine, pool = line._current.running.engine, line._current.running.stop.__self__
         first, second = pool.workers
         assert endpoint.engine.health().ready
+        assert httpx.get(f"{first.replica.url}/v1/models").status_code == 401
 
         # Both workers answer one request each; more wait behind them, without a token.
         talking = [Client(endpoint.url) for _ in range(2)]

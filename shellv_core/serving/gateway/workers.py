@@ -15,7 +15,8 @@ from shellv_core.errors import ServingError
 from shellv_core.logs import get_logger
 from shellv_core.serving.gateway.config import ModelEntry, ModelsFile
 from shellv_core.serving.gateway.replica import Replica
-from shellv_core.serving.http.config import ApiConfig, BodyLimits, RequestLimits
+from shellv_core.serving.http.config import ApiConfig, BodyLimits, KeyLimits, RequestLimits
+from shellv_core.serving.http.keys import new_key
 from shellv_core.serving.images import ImageLimits
 from shellv_core.serving.local_server import STOP_SECONDS, free_port, log_tail
 from shellv_core.storage import home
@@ -30,11 +31,14 @@ STEADY_SECONDS = 60.0
 LIMITS = ApiConfig(
     request=RequestLimits(images=ImageLimits(max_bytes=96 << 20)),
     body=BodyLimits(max_bytes=512 << 20, max_bytes_in_flight=2 << 30),
+    keys=KeyLimits(requests_per_minute=1e9, burst=10**9, max_running=10**6),
 )
 
 
 class Worker:
     """One process of ``shellv serve`` on loopback, restarted whenever it ends, each time with a pause twice as long.
+
+    It asks for a key that nobody else has: who reaches loopback does not get past the gateway's own keys.
 
     Args:
         entry: what it serves, embedded there.
@@ -47,6 +51,7 @@ class Worker:
         self.replica: Replica | None = None
         self.failed_starts = 0
         self._entry, self._name = entry, entry.id
+        self._secret, self._key = new_key("gateway", frozenset({"chat"}))
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name=f"worker {label}", daemon=True)
@@ -96,8 +101,11 @@ class Worker:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = ModelsFile(models=(self._entry,), api=LIMITS).model_dump(mode="json", exclude_defaults=True)
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        keys = path.with_suffix(".keys")
+        keys.write_text(self._key.line() + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "shellv_core.cli", "serve", "--config", str(path), "--host", HOST]
         command += ["--port", str(port), "--operations-port", str(operations_port), "--no-ui", "--until-stdin-closes"]
+        command += ["--keys", str(keys)]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -107,7 +115,7 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, process_group=0
             )
         self._process = process
-        self.replica = Replica(endpoint_url(HOST, port), self._name, endpoint_url(HOST, operations_port))
+        self.replica = Replica(endpoint_url(HOST, port), self._name, endpoint_url(HOST, operations_port), self._secret)
         try:
             while process.poll() is None and not self._ended.wait(0.1):
                 pass
