@@ -25,7 +25,7 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
 test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow and not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not containers and not fuzz and not slow"
 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not fuzz"
