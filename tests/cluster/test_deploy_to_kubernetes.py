@@ -59,7 +59,7 @@ def test_the_champion_is_rolled_out_by_its_version_and_answers(api, committed, r
         settings = {"target": "kubernetes", "registered_model": "tiny", "max_answer_tokens": 4, **image, **values}
         return build_config(DeployConfig, settings)
 
-    servers = [ServeConfig(model=uri, name="tiny", port=0, ui=False) for uri in committed]
+    servers = [ServeConfig(model=uri, name="tiny", port=0, operations_port=None, ui=False) for uri in committed]
     with background_server(servers[0]) as first, background_server(servers[1]) as second:
         controller = DeploymentController(api, {"models:/tiny/1": first, "models:/tiny/2": second})
         api.put("deployments", deployment("shellv-serve", "stable", 2))
