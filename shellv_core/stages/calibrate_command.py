@@ -126,7 +126,7 @@ def table(figures: dict[str, Any]) -> list[str]:
         lines += ["", "hallucinated captions against true ones, by margin (by blank picture alone)"]
         for kind, each in figures["captions"].items():
             lines.append(
-                f"  {kind:12} area {each['area']['value']:.3f} ({each['blind_area']['value']:.3f}), lower than its truth"
+                f"  {kind:12} area {each['area']['value']:.3f} ({each['blind_area']['value']:.3f}), below its truth"
                 f" {100 * each['lower_margin']:.0f} % ({100 * each['blind_lower']:.0f} %) of {each['pairs']}"
             )
     return lines
