@@ -64,7 +64,8 @@ def compare(first: Sequence[Load], second: Sequence[Load], seed: int = 0) -> dic
     """Ratios of the first server to the second, each with a 95 % interval.
 
     Throughput is the geometric mean of the rounds' ratios, rounds resampled in pairs (with fewer than two, low and high
-    are the value itself); durations are ratios of medians, requests resampled within each round.
+    are the value itself); durations are ratios of medians, requests resampled within each round; a median of 0, as
+    where all text comes at once, has none.
     """
     import numpy as np
 
@@ -80,11 +81,12 @@ def compare(first: Sequence[Load], second: Sequence[Load], seed: int = 0) -> dic
         sides = [_per_answer(loads, of) for loads in (first, second)]
         if not all(sum(map(len, side)) for side in sides):
             continue
-        value, *resampled = (
-            np.median(_drawn(sides[0], rng if index else None)) / np.median(_drawn(sides[1], rng if index else None))
-            for index in range(NUM_RESAMPLES + 1)
+        values = np.array(
+            [[np.median(_drawn(side, rng if index else None)) for side in sides] for index in range(NUM_RESAMPLES + 1)]
         )
-        ratios[f"{name}_p50"] = _interval(float(value), np.array(resampled))
+        if (values > 0).all():
+            quotients = values[:, 0] / values[:, 1]
+            ratios[f"{name}_p50"] = _interval(float(quotients[0]), quotients[1:])
     return ratios
 
 
