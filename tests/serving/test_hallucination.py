@@ -240,3 +240,38 @@ def test_heads_are_found_by_what_a_model_was_made_from(tmp_path):
     with pytest.raises(ServingError, match="leads to no HACL heads"):
         serving_heads.fetch_heads(str(tmp_path))
     assert serving_heads.find_heads(str(tmp_path)) is None
+
+
+def test_the_page_names_every_field():
+    import re
+    from pathlib import Path
+
+    from shellv_core.serving.hallucination import HallucinationView, ObjectView, SentenceView
+    from shellv_core.serving.http import bodies
+
+    page = (Path(__file__).parents[2] / "docs" / "hallucination-view.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:\w+\[\]\.)?(\w+)(?:\[\])?`", page))
+    for view, body in (
+        (HallucinationView, bodies.Hallucination),
+        (ObjectView, bodies.MentionedObject),
+        (SentenceView, bodies.GroundedSentence),
+    ):
+        assert set(view.__dataclass_fields__) == set(body.model_fields)
+        assert set(body.model_fields) <= named
+
+
+def test_thresholds_of_another_revision_are_refused_unless_an_alias_moved(tmp_path):
+    from shellv_core.serving.gateway.config import ModelEntry
+    from shellv_core.serving.gateway.loading import _thresholds
+
+    path = tmp_path / "thresholds.json"
+    thresholds = Thresholds(revision="0" * 64, object_confidence=Threshold(below=-1, slope=-1, intercept=0))
+    path.write_text(thresholds.model_dump_json())
+    fixed = ModelEntry(id="m", model="/somewhere", thresholds=path)
+    assert _thresholds(fixed, "0" * 64) == thresholds
+    with pytest.raises(ServingError, match="shellv calibrate"):
+        _thresholds(fixed, "1" * 64)
+    followed = ModelEntry(id="m", model="models:/m@champion", thresholds=path)
+    assert _thresholds(followed, "1" * 64) is None
+    with pytest.raises(ValueError, match="belong to embedded"):
+        ModelEntry(id="m", engine="http", urls=("http://127.0.0.1:1",), thresholds=path)

@@ -270,9 +270,7 @@ class Line:
 def _served(entry: ModelEntry, running: Running) -> tuple[ServedModel, ...]:
     """The models of what runs; all share one `Held`."""
     held = Held(running.engine)
-    base = ServedModel(
-        held, entry.id, running.revision, grounding=running.grounding, thresholds=running.thresholds
-    )
+    base = ServedModel(held, entry.id, running.revision, grounding=running.grounding, thresholds=running.thresholds)
     models = [base]
     for adapter in running.engine.adapters():
         # Servers tell revisions that count the base in.
