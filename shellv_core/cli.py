@@ -38,6 +38,8 @@ COMMANDS = {
     "rollback": ("let the champion before be champion again", "shellv_core.stages.rollback_command"),
     "serve": ("serve a model over HTTP, with a chat page", "shellv_core.serving.serve_command"),
     "key": ("make a key for a server that asks for keys", "shellv_core.serving.key_command"),
+    "bench": ("measure a server's speed under load", "shellv_core.serving.bench.bench_command"),
+    "calibrate": ("find what a model's hallucination view should mark", "shellv_core.stages.calibrate_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
 #: Names the settings' own defaults in the place of a preset: for settings that are given whole.

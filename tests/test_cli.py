@@ -50,6 +50,9 @@ def test_the_verbs_are_frozen() -> None:
         "compare",
         "rollback",
         "serve",
+        "key",
+        "bench",
+        "calibrate",
         "chat",
     }
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from shellv_core.config import nearest
 from shellv_core.serving.engine import Engine, EngineHealth, RequestError
+from shellv_core.serving.hallucination import Grounding, Thresholds
 
 
 class ModelNotFoundError(RequestError):
@@ -31,6 +32,8 @@ class ServedModel:
         parent: the id of the model that an adapter belongs to; None for a model of its own.
         adapter: what `GenerationRequest.adapter` must be for this model; None for the engine's base.
         created: when it was first served, in seconds since 1970.
+        grounding: how well sentences fit pictures, for a model with HACL's heads.
+        thresholds: what in an answer is marked as likely made up.
     """
 
     engine: Engine
@@ -39,6 +42,8 @@ class ServedModel:
     parent: str | None = None
     adapter: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    grounding: Grounding | None = None
+    thresholds: Thresholds | None = None
 
 
 class Models(Protocol):

@@ -132,12 +132,13 @@ def registered_revision(source: RegisteredSource) -> str:
     Raises:
         StorageError: if its output cannot be read.
     """
-    with _opened(source.uri, MODEL_PREFIX) as output:
+    with opened_output(source.uri) as output:
         return _revision(_entries(output, MODEL_PREFIX))
 
 
 @contextlib.contextmanager
-def _opened(uri: str, prefix: str) -> Iterator[InputDirectory]:
+def opened_output(uri: str, prefix: str = MODEL_PREFIX) -> Iterator[InputDirectory]:
+    """The committed output at `uri`, or above it where `uri` names its folder `prefix`; the store runs within."""
     uri = uri.rstrip("/")
     embedded = uri.startswith("s3://") and not external_s3_configured()
     with embedded_s3() if embedded else contextlib.nullcontext():
@@ -150,7 +151,7 @@ def _opened(uri: str, prefix: str) -> Iterator[InputDirectory]:
 
 
 def _committed(uri: str, name: str, prefix: str = MODEL_PREFIX) -> ModelFiles:
-    with _opened(uri, prefix) as output:
+    with opened_output(uri, prefix) as output:
         entries = _entries(output, prefix)
         if not entries:
             made = "merge_lora or pretrain_projector" if prefix == MODEL_PREFIX else "finetune with LoRA"

@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter beside the model, under an id of its own: its folder, or a finetune output; repeatable",
     )
     parser.add_argument(
+        "--heads",
+        metavar="REFERENCE",
+        help="HACL heads for the hallucination view (default: those that the model was trained with, if known)",
+    )
+    parser.add_argument(
+        "--thresholds", type=Path, metavar="FILE", help="what the view marks, made for this model by `shellv calibrate`"
+    )
+    parser.add_argument(
         "--device",
         default="cpu",
         help="where the model runs: cpu, cuda, mps, or auto for all GPUs together (default: %(default)s)",
@@ -113,6 +121,8 @@ def main(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantization=None if args.quantization == "none" else args.quantization,
         adapters=_named(args.adapter),
+        heads=args.heads,
+        thresholds=args.thresholds,
         engine=build_config(EngineConfig, {"batching": args.batching, "slots": args.slots}),
     )
     serve(config, until_stdin_closes=args.until_stdin_closes)

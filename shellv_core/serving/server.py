@@ -50,6 +50,7 @@ class ServeConfig(Config):
         ui: whether the chat page is mounted at ``/ui``.
         device: where the model runs, as torch spells it; ``auto`` for all GPUs of this machine together.
         quantization: the language model's linear layers in 4 bits (nf4) or 8 (int8).
+        heads, thresholds: of the hallucination view, as in `ModelEntry`.
     """
 
     models_file: Path | None = None
@@ -67,6 +68,8 @@ class ServeConfig(Config):
     device: str = "cpu"
     dtype: Dtype = "float32"
     quantization: Quantization | None = None
+    heads: str | None = None
+    thresholds: Path | None = None
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
 
@@ -174,6 +177,8 @@ def _content(config: ServeConfig) -> ModelsFile:
         "quantization": config.quantization,
         "dtype": config.dtype,
         "device": config.device,
+        "heads": config.heads,
+        "thresholds": config.thresholds,
         "options": config.engine,
     }
     return ModelsFile(models=(build_config(ModelEntry, values),), api=config.api)

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -34,11 +34,12 @@ from shellv_core.serving.engine import (
 from shellv_core.serving.inference.adapters import AdapterSet
 from shellv_core.serving.inference.admission import allowed_tokens, check_request, context_length_of, end_ids_of
 from shellv_core.serving.inference.answer import Task, Vocabulary
-from shellv_core.serving.inference.job import Counters, Delivery, Job, Runner, post
+from shellv_core.serving.inference.job import Counters, Delivery, Errand, Job, Runner, post
 from shellv_core.serving.prompt import PromptEncoder
 from shellv_core.templates import template_of
 
 logger = get_logger(__name__)
+T = TypeVar("T")
 
 POLL_SECONDS = 0.02
 MAX_RETRY_AFTER_SECONDS = 60
@@ -114,7 +115,7 @@ class TransformersEngine:
         self._runner = self._new_runner()
 
         self._lock = threading.Lock()
-        self._pending: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[Job | Errand | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._admitted = 0  # prepared, waiting or running
         self._finished = self._cancelled = self._rejected = self._expired = self._failed = self._restarts = 0
@@ -154,6 +155,20 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._preparation, self._encoder.encode, tuple(messages))
         return len(prompt.token_ids)
+
+    async def between_steps(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done by the engine's thread with the base model, while no step of an answer runs.
+
+        Raises:
+            EngineStoppedError: if the engine stopped before its turn came.
+        """
+        errand = Errand(work)
+        with self._lock:
+            if self._aborted.is_set() or not self._thread.is_alive():
+                raise EngineStoppedError(STOPPING)
+            self._pending.put(errand)
+        result: T = await asyncio.wrap_future(errand.future)
+        return result
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """See `Engine.adapters`."""
@@ -300,6 +315,10 @@ class TransformersEngine:
         idle = not self._waiting and not self._runner.jobs
         while idle or not self._pending.empty():
             job = self._pending.get()
+            if isinstance(job, Errand):
+                with self._adapters.alone(None):
+                    job.run()
+                continue
             if job is None or self._aborted.is_set():
                 if job is not None:
                     self._waiting.append(job)
@@ -339,7 +358,11 @@ class TransformersEngine:
     def _fail_all(self, error: ShellVError) -> None:
         left = [*self._runner.jobs, *self._waiting]
         while not self._pending.empty():
-            left += filter(None, [self._pending.get()])
+            job = self._pending.get()
+            if isinstance(job, Errand):
+                job.future.set_exception(EngineStoppedError(STOPPING))
+            elif job is not None:
+                left.append(job)
         self._waiting.clear()
         self._runner = self._new_runner()
         self._deliver([Delivery(job, None if job.cancelled.is_set() else error) for job in left])

@@ -36,6 +36,11 @@ class ModelEntry(Config):
     dtype: Dtype = "float32"
     device: str = "cpu"
     """As torch spells it; ``auto`` spreads one model over all GPUs."""
+    heads: str | None = None
+    """Of ``embedded``: HACL's heads for the hallucination view, as in `fetch_heads`; None for those that the model's
+    lineage leads to, if any."""
+    thresholds: Path | None = None
+    """Of ``embedded``: what that view marks, as ``shellv calibrate`` wrote it for this very revision."""
     options: EngineConfig = EngineConfig()
     """Slots, context, memory and queue."""
 
@@ -70,6 +75,8 @@ class ModelEntry(Config):
         if self.engine != "http" and (self.urls or not self.model):
             wrong = "urls belong to engine: http" if self.urls else "a model reference is needed"
             raise ValueError(f"model {self.id!r} has engine: {self.engine}; {wrong}")
+        if self.engine != "embedded" and (self.heads is not None or self.thresholds is not None):
+            raise ValueError(f"model {self.id!r} has engine: {self.engine}; heads and thresholds belong to embedded")
         if self.engine != "worker" and (self.replicas > 1 or self.devices):
             raise ValueError(f"model {self.id!r} has engine: {self.engine}; replicas and devices belong to worker")
         if self.engine == "http" and self.adapters:

@@ -270,7 +270,8 @@ class Line:
 def _served(entry: ModelEntry, running: Running) -> tuple[ServedModel, ...]:
     """The models of what runs; all share one `Held`."""
     held = Held(running.engine)
-    models = [ServedModel(held, entry.id, running.revision)]
+    base = ServedModel(held, entry.id, running.revision, grounding=running.grounding, thresholds=running.thresholds)
+    models = [base]
     for adapter in running.engine.adapters():
         # Servers tell revisions that count the base in.
         embedded = entry.engine == "embedded"

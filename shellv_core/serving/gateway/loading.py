@@ -9,6 +9,8 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from shellv_core.errors import ServingError
@@ -26,7 +28,12 @@ from shellv_core.serving.gateway.config import ModelEntry
 from shellv_core.serving.gateway.replica import Replica
 from shellv_core.serving.gateway.replicated import ReplicatedEngine
 from shellv_core.serving.gateway.workers import WorkerPool
+from shellv_core.serving.hallucination import Grounding, Thresholds, read_thresholds
+from shellv_core.serving.heads import fetch_heads, find_heads
 from shellv_core.serving.reference import fetch_adapter, fetch_model
+
+if TYPE_CHECKING:
+    from shellv_core.serving.transformers_engine import TransformersEngine
 
 logger = get_logger(__name__)
 
@@ -45,11 +52,14 @@ class Running:
         engine: answers for it.
         revision: SHA-256 that names its weights.
         stop: ends what belongs to it beside the engine, once that is drained.
+        grounding, thresholds: as of `ServedModel`.
     """
 
     engine: Engine
     revision: str
     stop: Callable[[], None] = field(default=lambda: None)
+    grounding: Grounding | None = None
+    thresholds: Thresholds | None = None
 
 
 def load(entry: ModelEntry, reference: str, generation: int) -> Running:
@@ -134,14 +144,42 @@ def _load_embedded(entry: ModelEntry, reference: str) -> Running:
 
     files = fetch_model(reference)
     adapters = {name: fetch_adapter(uri) for name, uri in entry.adapters.items()}
+    thresholds = _thresholds(entry, files.revision)
+    heads = find_heads(reference) if entry.heads is None else fetch_heads(entry.heads)
     model, processor, on_model = load_served(files.path, entry.device, entry.dtype, entry.quantization, adapters)
     engine = TransformersEngine(model, processor, entry.options, on_model)
     try:
+        grounding = None if heads is None else _grounding(engine, model, processor, heads)
         warm_up(engine)
     except BaseException:
         asyncio.run(engine.drain(0))
         raise
-    return Running(engine, files.revision, _free)
+    return Running(engine, files.revision, _free, grounding, thresholds)
+
+
+def _grounding(engine: TransformersEngine, model: Any, processor: Any, heads: Path) -> Grounding:
+    from shellv_core.models.hacl import load_heads
+    from shellv_core.serving.inference.grounding import HeadsGrounding
+
+    logger.info("HACL heads for the hallucination view: %s", heads)
+    return HeadsGrounding(engine, model, processor, load_heads(heads))
+
+
+def _thresholds(entry: ModelEntry, revision: str) -> Thresholds | None:
+    """The thresholds for this revision; a followed alias goes on without them when it moves."""
+    if entry.thresholds is None:
+        return None
+    thresholds = read_thresholds(entry.thresholds)
+    if thresholds.revision == revision:
+        return thresholds
+    problem = (
+        f"{entry.thresholds} is for revision {thresholds.revision[:12]}, {entry.id} is {revision[:12]}; make it anew"
+        " with: shellv calibrate"
+    )
+    if not entry.follows_alias:
+        raise ServingError(f"{problem}.")
+    logger.warning("nothing is marked as likely made up: %s", problem)
+    return None
 
 
 def _stored_bits(reference: str) -> float:

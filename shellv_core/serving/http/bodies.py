@@ -53,10 +53,12 @@ class StreamOptions(Body):
 class Extensions(Body):
     """What this server adds to OpenAI's API.
 
-    `return_token_ids`: give each choice's token ids, in its `shellv` object.
+    `return_token_ids`: give each choice's token ids, in its `shellv` object. `hallucination`: say there what in the
+    answer may be made up; in a stream with the choice's last chunk.
     """
 
     return_token_ids: bool = False
+    hallucination: bool = False
 
 
 class SamplingBody(Body):
@@ -104,10 +106,53 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class MentionedObject(BaseModel):
+    """A mention of an object, ``answer[start:end]`` in characters.
+
+    `name` is COCO's class. `confidence` and `probability` are the geometric mean and the product of the probabilities
+    of the tokens that spell it. `risk`, the probability that it is not in the picture, and `marked`, whether its
+    confidence is under the calibrated threshold, are null where the server has no thresholds for the model.
+    """
+
+    name: str
+    text: str
+    start: int
+    end: int
+    confidence: float
+    probability: float
+    risk: float | None
+    marked: bool | None
+
+
+class GroundedSentence(BaseModel):
+    """A sentence, ``answer[start:end]`` in characters.
+
+    `confidence` is the geometric mean of its tokens' probabilities. `margin` is how much closer HACL's heads hold it to
+    the picture than to a blank one (-2 to 2), null without heads or picture; `risk` and `marked` are as of an object,
+    by the margin.
+    """
+
+    text: str
+    start: int
+    end: int
+    confidence: float
+    margin: float | None
+    risk: float | None
+    marked: bool | None
+
+
+class Hallucination(BaseModel):
+    """What in an answer may be made up."""
+
+    objects: list[MentionedObject]
+    sentences: list[GroundedSentence]
+
+
 class ChoiceExtensions(BaseModel):
     """What this server adds to a choice."""
 
     token_ids: list[int] | None = None
+    hallucination: Hallucination | None = None
 
 
 FinishReason = Literal["stop", "length"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from shellv_core.serving.engine import TokenChance, TokenLogprob
+from shellv_core.serving.hallucination import HallucinationView
 from shellv_core.serving.http.answers import Answers, Collected
 from shellv_core.serving.http.stream import event
 from shellv_core.serving.models import ServedModel
@@ -17,6 +19,7 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no word for."""
 
 Json = dict[str, Any]
+Viewer = Callable[[Collected], Awaitable[HallucinationView]]
 
 
 class Format(Protocol):
@@ -68,7 +71,7 @@ class ChatFormat:
     def piece(self, answer: Collected, offset: int) -> Json | None:
         """See `Format.piece`."""
         text = "".join(answer.texts)
-        if not text and not answer.logprobs:
+        if not text and not (self._logprobs and answer.logprobs):
             return None
         logprobs = {"logprobs": self._chances(answer.logprobs)} if self._logprobs else {}
         return {"delta": {"content": text}, **logprobs}
@@ -107,7 +110,7 @@ class CompletionFormat:
     def piece(self, answer: Collected, offset: int) -> Json | None:
         """See `Format.piece`."""
         text = "".join(answer.texts)
-        if not text and not answer.logprobs:
+        if not text and not (self._logprobs and answer.logprobs):
             return None
         return {"text": text, "logprobs": self._chances(answer.logprobs, offset)}
 
@@ -137,10 +140,11 @@ class Writer:
         shape: how one choice looks.
         model: who answers.
         token_ids: whether each choice gives its token ids.
+        viewer: tells what in a whole answer may be made up, where that is asked for.
     """
 
-    def __init__(self, shape: Format, model: ServedModel, token_ids: bool) -> None:
-        self._shape, self._token_ids = shape, token_ids
+    def __init__(self, shape: Format, model: ServedModel, token_ids: bool, viewer: Viewer | None = None) -> None:
+        self._shape, self._token_ids, self._viewer = shape, token_ids, viewer
         self._prompt_tokens: int | None = None
         self._head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
@@ -156,7 +160,7 @@ class Writer:
                 "index": index,
                 **self._shape.whole(answer),
                 "finish_reason": answer.finish_reason,
-                **self._extensions(answer),
+                **await self._extensions(answer, answer),
             }
             for index, answer in enumerate(await answers.collect())
         ]
@@ -177,18 +181,22 @@ class Writer:
             for index in range(count):
                 yield self._piece(index, opening, 0)
         offsets = [0] * count
+        wholes = [Collected() for _ in range(count)]
         async with aclosing(answers.steps()) as steps:
             async for index, step in steps:
                 answer = Collected()
                 answer.add(step)
-                extensions = self._extensions(answer)
+                if self._viewer:
+                    wholes[index].add(step)
+                extensions = await self._extensions(answer)
                 piece = self._shape.piece(answer, offsets[index])
                 offsets[index] += len(step.text)
                 if piece is not None or extensions:
                     content = {**(piece or self._shape.closing()), **extensions}
                     yield self._piece(index, content, step.completion_tokens)
                 if step.finish_reason is not None:
-                    yield self._piece(index, self._shape.closing(), step.completion_tokens, step.finish_reason)
+                    last = {**self._shape.closing(), **await self._extensions(None, wholes[index])}
+                    yield self._piece(index, last, step.completion_tokens, step.finish_reason)
         if include_usage:
             yield event({**self._head, "object": self._shape.piece_object, "choices": [], "usage": _usage(answers)})
 
@@ -197,9 +205,14 @@ class Writer:
         usage = {} if self._prompt_tokens is None else {"usage": _counts(self._prompt_tokens, tokens)}
         return event({**self._head, "object": self._shape.piece_object, "choices": [choice], **usage})
 
-    def _extensions(self, answer: Collected) -> Json:
-        """The choice's `shellv` object, where it was asked for; further extensions belong here."""
-        return {"shellv": {"token_ids": answer.token_ids}} if self._token_ids and answer.token_ids else {}
+    async def _extensions(self, new: Collected | None, whole: Collected | None = None) -> Json:
+        """The choice's `shellv` object, where it was asked for: of what is new, and of the whole answer at its end."""
+        found: Json = {}
+        if self._token_ids and new is not None and new.token_ids:
+            found["token_ids"] = new.token_ids
+        if self._viewer is not None and whole is not None:
+            found["hallucination"] = asdict(await self._viewer(whole))
+        return {"shellv": found} if found else {}
 
 
 def _usage(answers: Answers) -> Json:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from shellv_core.serving.engine import GenerationRequest, RequestError
-from shellv_core.serving.http.answers import Answers, unless_disconnected
-from shellv_core.serving.http.bodies import SamplingBody, StreamOptions
+from shellv_core.serving.engine import EngineStoppedError, GenerationRequest, ImagePart, RequestError
+from shellv_core.serving.hallucination import HallucinationView, view_answer
+from shellv_core.serving.http.answers import Answers, Collected, unless_disconnected
+from shellv_core.serving.http.bodies import Extensions, SamplingBody, StreamOptions
 from shellv_core.serving.http.chat_bodies import ChatCompletion, ChatCompletionChunk, ChatRequest
 from shellv_core.serving.http.completion_bodies import (
     Completion,
@@ -25,7 +26,7 @@ from shellv_core.serving.http.completion_bodies import (
 )
 from shellv_core.serving.http.config import ApiConfig
 from shellv_core.serving.http.errors import documented
-from shellv_core.serving.http.formats import ChatFormat, CompletionFormat, Format, Writer
+from shellv_core.serving.http.formats import ChatFormat, CompletionFormat, Format, Viewer, Writer
 from shellv_core.serving.http.metrics import Metrics
 from shellv_core.serving.http.requests import Reader
 from shellv_core.serving.http.stream import EventStream
@@ -54,10 +55,14 @@ class Api:
     ) -> Response:
         """Let `model` answer; `stack` ends what the answer holds, at once or when a stream is over."""
         count = body.n or 1
+        extensions = body.shellv or Extensions()
+        viewer = None
+        if extensions.hallucination:
+            viewer, request = _viewer(model, request), replace(request, logprobs=True)
         answers = Answers(model, request, count, self.config.timeouts, self.metrics, http_request.state.arrived)
         stack.push_async_callback(answers.aclose)
         await unless_disconnected(http_request, answers.begin())
-        writer = Writer(shape, model, body.shellv is not None and body.shellv.return_token_ids)
+        writer = Writer(shape, model, extensions.return_token_ids, viewer)
         headers = {"x-model-revision": model.revision}
         if body.stream:
             options = body.stream_options or StreamOptions()
@@ -129,6 +134,21 @@ def catalog_routes(api: Api) -> APIRouter:
         return _card(api.models.find(model_id))
 
     return router
+
+
+def _viewer(model: ServedModel, request: GenerationRequest) -> Viewer:
+    """Tells what in an answer to `request` may be made up."""
+    images = [part.image for message in request.messages for part in message.parts if isinstance(part, ImagePart)]
+
+    async def view(answer: Collected) -> HallucinationView:
+        text = "".join(answer.texts)
+        try:
+            return await view_answer(text, answer.logprobs, images, model.grounding, model.thresholds)
+        except EngineStoppedError:
+            # The answer is whole; what is lost as the server stops is what the heads think of it.
+            return await view_answer(text, answer.logprobs, thresholds=model.thresholds)
+
+    return view
 
 
 def _card(model: ServedModel) -> ModelCard:

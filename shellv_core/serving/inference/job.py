@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from shellv_core.errors import ShellVError
 from shellv_core.serving.engine import TokenEvent
@@ -32,6 +33,23 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.monotonic)
     started: float = 0.0
+
+
+@dataclass(eq=False)
+class Errand:
+    """Something else that the engine's thread does between two steps; `future` brings its result."""
+
+    work: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Do it, unless nobody waits any more."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.work())
+        except Exception as error:  # noqa: BLE001  raised where it is waited for
+            self.future.set_exception(error)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A load on any OpenAI-compatible server, and how fast it answers."""
