@@ -1,4 +1,4 @@
-"""docs/serving.md says what is so: settings, defaults, the example file and the options that LLaVA's flags became."""
+"""docs/serving.md and the README say what is so: settings, defaults, the example file and the options that LLaVA's flags became."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from shellv_core.config import build_config
 from shellv_core.serving.gateway import replica, replicated, workers
 from shellv_core.serving.gateway.config import ModelEntry, ModelsFile
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENT = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_settings_and_their_defaults() -> None:
@@ -33,7 +35,7 @@ def test_the_example_is_a_file_that_is_taken() -> None:
 
 
 def test_the_options_that_upstreams_flags_became() -> None:
-    rows = DOCUMENT.partition("## Coming from LLaVA")[2]
+    rows = README.partition("### Coming from LLaVA\n")[2].partition("\n## ")[0]
     taken = {option for verb in ("serve", "chat") for option in _options(verb)}
     ours = set(re.findall(r"--[a-z][a-z-]+", "".join(row.rpartition(" | ")[2] for row in rows.splitlines())))
     assert ours <= taken
