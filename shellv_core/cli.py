@@ -40,6 +40,7 @@ COMMANDS = {
     "key": ("make a key for a server that asks for keys", "shellv_core.serving.key_command"),
     "bench": ("measure a server's speed under load", "shellv_core.serving.bench.bench_command"),
     "calibrate": ("find what a model's hallucination view should mark", "shellv_core.stages.calibrate_command"),
+    "votes": ("rate models by the arena's votes, or export these", "shellv_core.serving.votes_command"),
     "chat": ("talk with a model about an image in the terminal", "shellv_core.serving.chat_command"),
 }
 #: Names the settings' own defaults in the place of a preset: for settings that are given whole.

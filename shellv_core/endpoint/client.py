@@ -137,7 +137,15 @@ class EndpointClient:
             await http.aclose()
 
     async def model(self) -> dict[str, Any]:
-        """Id, revision and context length of the served model.
+        """Id, revision and context length of the model that is asked by default.
+
+        Raises:
+            EndpointError: if nothing answers there.
+        """
+        return (await self.models())[0]
+
+    async def models(self) -> list[dict[str, Any]]:
+        """All served models, at least one, each with its id and, where the server tells them, more.
 
         Raises:
             EndpointError: if nothing answers there.
@@ -145,13 +153,10 @@ class EndpointClient:
         async with self._http() as http:
             response = await _sent(http, "GET", f"{self.api_url}/models")
             content = self._content(response)
-        if content.get("data") == []:
-            raise EndpointError(f"{self.url} serves no model yet.", response.status_code)
-        try:
-            model: dict[str, Any] = content["data"][0]
-        except (KeyError, IndexError, TypeError):
-            raise _unreadable(response) from None
-        return model
+        models = content.get("data")
+        if not isinstance(models, list) or not models or not all(isinstance(each, dict) for each in models):
+            raise _unreadable(response)
+        return models
 
     async def check_readiness(self) -> None:
         """Return if the endpoint takes requests now.

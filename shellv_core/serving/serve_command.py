@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         quantization=None if args.quantization == "none" else args.quantization,
-        adapters=_named(args.adapter),
+        adapters=named_references(args.adapter),
         heads=args.heads,
         thresholds=args.thresholds,
         engine=build_config(EngineConfig, {"batching": args.batching, "slots": args.slots}),
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _named(pairs: list[str]) -> dict[str, str]:
+def named_references(pairs: list[str]) -> dict[str, str]:
     """References by name from ``NAME=REFERENCE``."""
     from shellv_core.errors import ConfigError
 

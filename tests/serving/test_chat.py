@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -50,6 +51,53 @@ def test_faults_are_told_and_counted(endpoint, tmp_path):
     assert "cannot read the picture" in done.stderr
     assert "not a picture that can be sent" in done.stderr
     assert "/image PATH" in done.stdout
+
+
+def test_commands_of_a_script(endpoint, tmp_path):
+    lines = [
+        "/params max_tokens=4",
+        "hello",
+        f"/save {tmp_path}/talk.json",
+        f"/save {tmp_path}/talk.md",
+        "/compare tiny tiny",
+        "/adapter tiny",
+        "/adapter",
+        "/params max_tokens= seed=3",
+        "/params",
+    ]
+    done = chat("--url", endpoint.url, "--max-tokens", "8", lines="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert rest == ["--- tiny", first, "--- tiny", first, "* tiny", "temperature=0.0 top_p=1.0 seed=3"]
+    talk = json.loads((tmp_path / "talk.json").read_text())["talks"][0]
+    assert talk["turns"] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
+    assert talk["options"]["max_tokens"] == 4
+    assert first in (tmp_path / "talk.md").read_text()
+
+
+def test_commands_that_cannot_be_done(endpoint):
+    faults = {
+        "/adapter tyni": "did you mean",
+        "/params heat=1": "is no NAME=VALUE",
+        "/params seed=x": "is not a whole number",
+        "/compare tiny": "there is none yet",
+        "/save /nowhere/talk.md": "cannot write",
+        "/image http://example.org/a.png": "is not https://HOST/PATH",
+        "/image https://127.0.0.1/a.png": "is not https://HOST/PATH",
+        "/image https://localhost.localdomain/a.png": "the picture at localhost.localdomain",
+    }
+    done = chat("--url", endpoint.url, lines="\n".join(faults))
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert len(said) == len(faults), done.stderr
+    for line, text in zip(said, faults.values(), strict=True):
+        assert text in line
+
+
+def test_what_loads_a_model_is_not_for_an_endpoint(endpoint):
+    done = chat("--url", endpoint.url, "--quantization", "nf4", lines="")
+    assert done.returncode == 2
+    assert "--quantization says how --model is loaded" in done.stderr
 
 
 def test_no_endpoint():
