@@ -32,7 +32,8 @@ from shellv_core.serving.bench.figures import compare, figures_of
 from shellv_core.serving.bench.workload import Workload, make_requests
 from tests.bench.serving_variants import VARIANTS, build_bench_model
 
-WORKLOADS = {"fixed": "64", "mixed": "8-200"}
+#: Short enough for two rounds within the time, and twice as many requests as clients, so that places are filled again.
+WORKLOADS = {"fixed": "32", "mixed": "8-100"}
 NAMES = {
     "slots": "slots (ours)",
     "serial": "one at a time",
@@ -134,8 +135,8 @@ def document(record: dict[str, Any]) -> str:
         "Written by `python -m tests.bench.serving`. Four servers with one random language model of"
         f" {record['parameters'] / 1e6:.1f} million parameters (float32), asked in turns by {record['clients']} clients"
         f" in a closed loop: {record['requests']} requests of {record['prompt_words']} words in each of"
-        f" {record['rounds']} rounds, answers of 64 tokens (fixed) or 8 to 200 (mixed). {record['machine']}, load"
-        f" {record['load_before']:.1f} before, {record['threads']} threads a server.",
+        f" {record['rounds']} rounds, answers of {WORKLOADS['fixed']} tokens (fixed) or {WORKLOADS['mixed']} (mixed)."
+        f" {record['machine']}, load {record['load_before']:.1f} before, {record['threads']} threads a server.",
         "",
     ]
     if record["load_before"] > 0.5 * record["cores"]:
@@ -200,9 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=40, help="of each round and kind of lengths")
+    parser.add_argument("--requests", type=int, default=64, help="of each round and kind of lengths")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--prompt-words", type=int, default=64)
+    parser.add_argument("--prompt-words", type=int, default=16, help="of about four tokens each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=float, default=660.0, help="seconds; a round that would go beyond is left out")
     parser.add_argument("--output", type=Path, default=Path("docs/serving-figures"))

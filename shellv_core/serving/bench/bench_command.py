@@ -33,6 +33,7 @@ DEFAULT_CLIENTS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the one verb and its load."""
+    parser.description = "Measure how fast any OpenAI-compatible server answers under a load of seeded requests."
     verbs = parser.add_subparsers(dest="bench_verb", metavar="VERB", required=True)
     serve = verbs.add_parser(
         "serve",
