@@ -1,4 +1,4 @@
-"""docs/serving.md and the README say what is so: settings, defaults, the example file and the options that LLaVA's flags became."""
+"""docs/serving.md and the README say what is so: settings, defaults, the example file, what LLaVA's flags became."""
 
 from __future__ import annotations
 
