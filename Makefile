@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser podman images sbom clean
+.PHONY: help install run serve test test-all check format compile efficacy smollm2 bench-data browser podman images run-containers test-containers sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -24,21 +24,27 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
 test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not slow and not containers"
 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not containers"
 
 podman:                ## install podman and what makes a base image where they are missing
 	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null && \
 	command -v catatonit >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap; }
+	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap debsecan; }
 
 images: $(INSTALLED) podman ## build the container images; BASE_IMAGE=... for another base, PUSH=registry/... to push them
 	$(BIN)/python -m containers build $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(PUSH),--push $(PUSH))
 
-sbom: $(INSTALLED)     ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
+run-containers: $(INSTALLED) podman ## the whole pipeline as in `make run`, in the containers that `make images` has built
+	$(BIN)/python -m pipelines run-containers
+
+test-containers: $(INSTALLED) podman ## the tests that run those images, among them a kill amid training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m containers
+
+sbom: $(INSTALLED) podman ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
 	$(BIN)/python -m containers sbom
 
 browser:               ## install Chromium where it is missing
