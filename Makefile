@@ -28,7 +28,7 @@ test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not containers and not fuzz and not slow"
 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not containers and not fuzz"
 
 test-fuzz: $(INSTALLED) ## 120,000 hostile requests and two minutes of overload against the API (over half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/serving
@@ -37,12 +37,18 @@ podman:                ## install podman and what makes a base image where they 
 	@command -v podman >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null && \
 	command -v catatonit >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap; }
+	    podman runc catatonit netavark aardvark-dns iptables mmdebstrap debsecan; }
 
 images: $(INSTALLED) podman ## build the container images; BASE_IMAGE=... for another base, PUSH=registry/... to push them
 	$(BIN)/python -m containers build $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(if $(PUSH),--push $(PUSH))
 
-sbom: $(INSTALLED)     ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
+run-containers: $(INSTALLED) podman ## the whole pipeline as in `make run`, in the containers that `make images` has built
+	$(BIN)/python -m pipelines run-containers
+
+test-containers: $(INSTALLED) podman ## the tests that run those images, among them a kill amid training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m containers
+
+sbom: $(INSTALLED) podman ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
 	$(BIN)/python -m containers sbom
 
 browser:               ## install Chromium where it is missing

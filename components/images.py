@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
+from pydantic import Field
+
 import shellv_core
 from shellv_core.config import Config, build_config, read_yaml
 from shellv_core.errors import ConfigError
@@ -14,6 +16,9 @@ DEFAULT_REGISTRY = "localhost"
 #: What `make images` built last, by digest; not committed, since it differs from registry to registry.
 LOCK_PATH = Path(__file__).parents[1] / "containers" / "images.lock.yaml"
 
+#: Label of an image: `shellv_core.stages.runner.code_digest` of all the library's code in it.
+CODE_LABEL = "dev.shellv.code-sha256"
+
 ImageName = Literal["control", "train", "serve"]
 
 
@@ -21,7 +26,7 @@ class LockedImage(Config):
     """An image that was built: `reference` with its tag, and the digest of its manifest."""
 
     reference: str
-    digest: str
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
 
     @property
     def pinned(self) -> str:
@@ -31,9 +36,8 @@ class LockedImage(Config):
 
 
 class ImagesLock(Config):
-    """The lock file: the library's version that the images hold, and the images by name."""
+    """The lock file: the images by name."""
 
-    version: str
     images: dict[ImageName, LockedImage]
 
 
@@ -49,7 +53,7 @@ def image(name: ImageName, lock: Path | None = None) -> str:
         lock: what `make images` has written, usually `LOCK_PATH`.
 
     Raises:
-        ConfigError: if the lock file is missing, faulty, or of another version of the library.
+        ConfigError: if the lock file is missing, faulty or lacks an image.
     """
     if lock is not None:
         return read_lock(lock).images[name].pinned
@@ -62,7 +66,7 @@ def read_lock(path: Path = LOCK_PATH) -> ImagesLock:
     """The images that `make images` built last.
 
     Raises:
-        ConfigError: if the file is missing, faulty, lacks an image, or is of another version of the library.
+        ConfigError: if the file is missing, faulty or lacks an image.
     """
     if not path.is_file():
         raise ConfigError(f"there is no {path}; run `make images`, which builds the images and writes it.")
@@ -70,8 +74,4 @@ def read_lock(path: Path = LOCK_PATH) -> ImagesLock:
     missing = [name for name in get_args(ImageName) if name not in lock.images]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; run `make images` again.")
-    if lock.version != shellv_core.__version__:
-        raise ConfigError(
-            f"{path} is of version {lock.version}, the library of {shellv_core.__version__}; run `make images` again."
-        )
     return lock

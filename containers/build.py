@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import shellv_core
-from components.images import ImageName, LockedImage, image
+from components.images import CODE_LABEL, ImageName, LockedImage, image
 from containers.base import LOCAL_BASE, make_base
 from containers.catalogue import IMAGES, REPOSITORY, Image
 from containers.commands import output_of, run
 from containers.engine import digest_of, find_engine, image_exists, inspect, pull
 from containers.lock import write_lock
 from containers.pip_settings import pip_mounts
+from shellv_core.stages.runner import code_digest
 
 DEFAULT_BASE = re.compile(r"^ARG BASE_IMAGE=(\S+)$", re.MULTILINE)
 
@@ -60,6 +61,7 @@ def build_command(engine: str, each: Image, base: str, reference: str, mounts: S
         "org.opencontainers.image.title": f"shellv-{each.name}",
         "org.opencontainers.image.version": shellv_core.__version__,
         "org.opencontainers.image.licenses": "Apache-2.0",
+        CODE_LABEL: code_digest(["."]),
     }
     # No namespaces of its own: builds then work inside containers and virtual machines too.
     isolation = ["--isolation=chroot", "--layers", f"--ignorefile={REPOSITORY / '.containerignore'}"]

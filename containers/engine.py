@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from typing import Any
 
 from containers.commands import CommandError, output_of, succeeds
 
 PULL_TIMEOUT_SECONDS = 1800.0
-#: Within what machines allow that run containers themselves; the engines' own defaults may be above.
-MAX_OPEN_FILES, MAX_PROCESSES = 65536, 16384
 
 
 def find_engine() -> str:
@@ -58,16 +55,3 @@ def digest_of(engine: str, reference: str) -> str:
         f"{engine} gives {reference} a digest only when it is pushed; use --push REGISTRY, Docker's containerd image"
         " store, or podman."
     )
-
-
-def limits() -> dict[str, int]:
-    """Limits of open files and processes for a container: the project's, or this process's where they are lower."""
-
-    def bounded(kind: int, wanted: int) -> int:
-        hard = resource.getrlimit(kind)[1]
-        return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-
-    return {
-        "nofile": bounded(resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-        "nproc": bounded(resource.RLIMIT_NPROC, MAX_PROCESSES),
-    }

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import yaml
 
-import shellv_core
 from components.images import LOCK_PATH, ImageName, ImagesLock, LockedImage
 
 HEADER = "# Made by `make images`: what was built last.\n"
@@ -14,7 +13,7 @@ HEADER = "# Made by `make images`: what was built last.\n"
 
 def write_lock(images: Mapping[ImageName, LockedImage]) -> None:
     """Replace the lock file as a whole."""
-    lock = ImagesLock(version=shellv_core.__version__, images=dict(images))
+    lock = ImagesLock(images=dict(images))
     text = HEADER + yaml.safe_dump(lock.model_dump(mode="json"), sort_keys=True)
     unfinished = LOCK_PATH.with_suffix(".tmp")
     unfinished.write_text(text, encoding="utf-8")

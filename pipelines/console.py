@@ -70,15 +70,20 @@ class Console(io.TextIOBase):
 
     def _take(self, line: str) -> None:
         if started := TASK_STARTS.match(line):
-            self._running = Task(self._titles.get(started[1], started[1]), time.monotonic())
-            self.tasks.append(self._running)
-            self.show(f"[{len(self.tasks)}/{len(self._titles)}] {self._running.name}")
+            self._start(self._titles.get(started[1], started[1]))
         elif self._running is None:
             return
         elif ended := TASK_ENDS.match(line):
             self._end(self._running, failed=ended[2] == "FAILURE")
         elif line.startswith(INDENT):
             self._take_task_line(self._running, line.removeprefix(INDENT))
+
+    def _start(self, name: str) -> None:
+        previous = self.tasks.pop() if self.tasks and self.tasks[-1].failure and self.tasks[-1].name == name else None
+        self._running = Task(name, previous.started if previous else time.monotonic())
+        self.tasks.append(self._running)
+        again = ", once more" if previous else ""
+        self.show(f"[{len(self.tasks)}/{len(self._titles)}] {name}{again}")
 
     def _take_task_line(self, task: Task, line: str) -> None:
         continued = self._in_own_message and line.startswith(CONTINUATION)

@@ -66,29 +66,41 @@ def run(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), root_uri: s
 
     stage_config(preset, "prepare_data", overrides)
     refuse_python3([*overrides, root_uri or "", str(home())])
-    # Where to deploy to is the settings' business here, and a cluster's elsewhere.
-    arguments = {"preset": preset, "overrides": list(overrides), "deploy_target": ""}
     with object_store(root_uri) as root:
-        outputs, console = run_tasks(compiled_yaml("shellv"), {"root_uri": root, **arguments})
-        evaluation = InputDirectory(outputs["evaluate"])
-        report_path = home() / "report.html"
-        shutil.copyfile(evaluation.fetch("report.html"), report_path)
-        return LocalRun(
-            outputs=outputs,
-            results=json.loads(evaluation.fetch("results.json").read_bytes()),
-            promotion=InputDirectory(outputs["promote"]).manifest,
-            deployment=InputDirectory(outputs["deploy"]).manifest,
-            report_path=report_path,
-            seconds={task.name: task.seconds for task in console.tasks},
-        )
+        return run_at(root, preset, overrides, compiled_yaml("shellv"))
 
 
-def run_tasks(compiled: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Console]:
+def run_at(root_uri: str, preset: str, overrides: Sequence[str], compiled: str, runner: Any = None) -> LocalRun:
+    """As `run`, on an object store that is up.
+
+    Args:
+        root_uri: folder of all outputs.
+        compiled, runner: see `run_tasks`.
+    """
+    # Where to deploy to is the settings' business here, and a cluster's elsewhere.
+    arguments = {"root_uri": root_uri, "preset": preset, "overrides": list(overrides), "deploy_target": ""}
+    outputs, console = run_tasks(compiled, arguments, runner)
+    evaluation = InputDirectory(outputs["evaluate"])
+    report_path = home() / "report.html"
+    shutil.copyfile(evaluation.fetch("report.html"), report_path)
+    return LocalRun(
+        outputs=outputs,
+        results=json.loads(evaluation.fetch("results.json").read_bytes()),
+        promotion=InputDirectory(outputs["promote"]).manifest,
+        deployment=InputDirectory(outputs["deploy"]).manifest,
+        report_path=report_path,
+        seconds={task.name: task.seconds for task in console.tasks},
+    )
+
+
+def run_tasks(compiled: str, arguments: Mapping[str, Any], runner: Any = None) -> tuple[dict[str, Any], Console]:
     """Run a compiled pipeline and show its progress on standard output.
 
     Args:
         compiled: its YAML.
         arguments: its parameters.
+        runner: of `kfp.local`, for tasks in containers, which are retried as on a cluster; by default each task is a
+            process, and its first fault ends the run.
 
     Returns:
         What each task returned, by kfp's name of it, and the tasks.
@@ -102,9 +114,14 @@ def run_tasks(compiled: str, arguments: Mapping[str, Any]) -> tuple[dict[str, An
 
     # The second document, about placement, means nothing here.
     document = next(yaml.safe_load_all(compiled))
-    titles = _without_retries(document)
+    titles = _titles(document)
+    (_without_delays if runner else _without_retries)(document)
     references = home() / "kfp"
     shutil.rmtree(references, ignore_errors=True)
+    references.mkdir(parents=True)
+    if runner:
+        # Containers have users of their own.
+        references.chmod(0o777)
     log_path = home() / "logs" / "run.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -113,7 +130,7 @@ def run_tasks(compiled: str, arguments: Mapping[str, Any]) -> tuple[dict[str, An
         stack.enter_context(warnings.catch_warnings())
         # kfp warns of every setting that only a cluster heeds, and of an image that is not used here.
         warnings.filterwarnings("ignore", module=r"kfp\.")
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(references))
+        local.init(runner or local.SubprocessRunner(use_venv=False), pipeline_root=str(references))
         stack.callback(setattr, LocalExecutionConfig, "instance", None)
         stack.enter_context(contextlib.redirect_stdout(console))
         try:
@@ -127,21 +144,38 @@ def run_tasks(compiled: str, arguments: Mapping[str, Any]) -> tuple[dict[str, An
             raise TaskFailedError(f"{failed.name}: {failed.failure} (All output of the run: {log_path})") from error
 
 
-def _without_retries(document: dict[str, Any]) -> dict[str, str]:
-    """Take out of a pipeline what only a cluster needs; returns what to call each task, by kfp's name of it."""
-    components = document["components"]
+def _graphs(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [document["root"]["dag"], *(each["dag"] for each in document["components"].values() if "dag" in each)]
+
+
+def _titles(document: dict[str, Any]) -> dict[str, str]:
+    """What to call each task, by kfp's name of it."""
     titles = {}
-    for graph in [document["root"]["dag"], *(each["dag"] for each in components.values() if "dag" in each)]:
+    for graph in _graphs(document):
+        for task in graph["tasks"].values():
+            name = task["componentRef"]["name"]
+            if "executorLabel" in document["components"][name]:
+                titles[name.removeprefix("comp-")] = task["taskInfo"]["name"]
+    return titles
+
+
+def _without_retries(document: dict[str, Any]) -> None:
+    """Take out of a pipeline what only containers need."""
+    for graph in _graphs(document):
         for task in graph["tasks"].values():
             task.pop("retryPolicy", None)
-            name = task["componentRef"]["name"]
-            if "executorLabel" in components[name]:
-                titles[name.removeprefix("comp-")] = task["taskInfo"]["name"]
     for executor in document["deploymentSpec"]["executors"].values():
         # No image runs here, so that none may be recorded.
         environment = executor["container"]["env"]
         environment[:] = [each for each in environment if each["name"] != "SHELLV_IMAGE"]
-    return titles
+
+
+def _without_delays(document: dict[str, Any]) -> None:
+    """Let failed tasks be retried at once: there is no other machine to wait for."""
+    for graph in _graphs(document):
+        for task in graph["tasks"].values():
+            if "retryPolicy" in task:
+                task["retryPolicy"]["backoffDuration"] = "0s"
 
 
 def _returned(references: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ COMMANDS = (
     "compile",
     "component",
     "run",
+    "run-containers",
     "upload",
     "submit",
     "schedule",

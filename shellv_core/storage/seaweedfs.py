@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from shellv_core.errors import StorageError, StorageUnreachableError
 from shellv_core.logs import get_logger
@@ -30,6 +31,7 @@ from shellv_core.storage.home import home
 logger = get_logger(__name__)
 
 BUCKET = "shellv"
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 20.0
 S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
@@ -41,17 +43,21 @@ def external_s3_configured() -> bool:
 
 
 @contextlib.contextmanager
-def embedded_s3(folder: Path | None = None) -> Iterator[str]:
+def embedded_s3(folder: Path | None = None, address: str | None = None) -> Iterator[str]:
     """Run the server in `folder` (by default ``s3`` below the project folder), its address in AWS_* variables.
+
+    Args:
+        address: where it must listen, for example on a network of containers; by default where it runs already, or on
+            the loopback address.
 
     Yields:
         the name of the bucket.
 
     Raises:
-        StorageError: if the server's program is not installed or it does not start.
+        StorageError: if the server's program is not installed, it does not start, or it listens elsewhere.
     """
     folder = folder or home() / "s3"
-    server = EmbeddedS3(folder)
+    server = EmbeddedS3(folder, address)
     server.start()
     previous = {name: os.environ.get(name) for name in server.environment()}
     os.environ.update(server.environment())
@@ -67,10 +73,11 @@ def embedded_s3(folder: Path | None = None) -> Iterator[str]:
 
 
 class EmbeddedS3:
-    """A SeaweedFS server over the data in `folder`."""
+    """A SeaweedFS server over the data in `folder`; `address` as in `embedded_s3`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str | None = None) -> None:
         self.folder = folder.absolute()
+        self.address = address
         self._state_path = self.folder / "server.json"
         self._owner = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,6 +88,11 @@ class EmbeddedS3:
         with self._lock():
             state = self._read_state()
             if state and _alive(state["pid"]) and _answers(state["endpoint"]):
+                if self.address not in (None, urlsplit(state["endpoint"]).hostname):
+                    raise StorageError(
+                        f"the S3 server over {self.folder} listens at {state['endpoint']}, but {self.address} is"
+                        f" needed; end the program that runs it (process {state['owner_pid']}) and try again."
+                    )
                 if not _alive(state["owner_pid"]):
                     self._owner = True
                     self._write_state({**state, "owner_pid": os.getpid()})
@@ -104,7 +116,7 @@ class EmbeddedS3:
 
     @property
     def endpoint(self) -> str:
-        """``http://127.0.0.1:PORT``."""
+        """``http://ADDRESS:PORT``."""
         state = self._read_state()
         if not state:
             raise StorageUnreachableError(f"no S3 server runs over {self.folder}; start it first.")
@@ -144,6 +156,7 @@ class EmbeddedS3:
 
     def _launch(self) -> None:
         credentials = self._credentials()
+        address = self.address or LOOPBACK
         ports = _free_ports(10)
         names = ("master", "volume", "filer", "s3", "admin")
         arguments = [
@@ -151,8 +164,8 @@ class EmbeddedS3:
             "-logtostderr=true",
             "mini",
             f"-dir={self.folder / 'data'}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={address}",
+            f"-ip.bind={address}",
             *(f"-{name}.port={port}" for name, port in zip(names, ports[:5], strict=True)),
             *(f"-{name}.port.grpc={port}" for name, port in zip(names, ports[5:], strict=True)),
             "-s3.port.iceberg=0",
@@ -181,7 +194,7 @@ class EmbeddedS3:
                 # A Ctrl-C in the terminal reaches the owner, which then stops the server in order.
                 start_new_session=True,
             )
-        endpoint = f"http://127.0.0.1:{ports[3]}"
+        endpoint = f"http://{address}:{ports[3]}"
         self._owner = True
         state = {"pid": self._process.pid, "owner_pid": os.getpid(), "endpoint": endpoint, "ports": ports}
         self._write_state(state)
@@ -274,7 +287,7 @@ def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind(("", 0))  # the server looks at all addresses, whatever it will listen on
         return [int(each.getsockname()[1]) for each in sockets]
 
 

@@ -107,6 +107,8 @@ def _trainable(module: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Left there, the last ones would be added to those of the next optimizer's first step.
+        module.zero_grad(set_to_none=True)
         for parameter, requires_grad in zip(module.parameters(), before, strict=True):
             parameter.requires_grad_(requires_grad)
 

@@ -121,7 +121,7 @@ def rank() -> int:
 
 def num_processes() -> int:
     """Processes that train together; 1 outside of torch.distributed."""
-    if _alone or "torch" not in sys.modules:
+    if _alone or sys.modules.get("torch") is None:
         # No process that has not loaded torch has joined others: stages that need no torch run without it.
         return 1
     distributed = _distributed()

@@ -90,3 +90,17 @@ def test_a_traceback_that_a_stage_survived_is_shown() -> None:
     console, screen = shown(START.format("prepare-data") + error + END.format("prepare-data", "SUCCESS"))
     assert "    OSError: no picture\n" in screen
     assert console.tasks[0].failure is None
+
+
+def test_a_retried_task_keeps_its_number_and_only_its_last_try_counts() -> None:
+    killed = START.format("prepare-data") + END.format("prepare-data", "FAILURE")
+    retry = "06:06:45.795 - INFO - Task prepare-data failed (attempt 1/3). Retrying in 0.0s...\n"
+    console, screen = shown(
+        killed + retry, START.format("prepare-data") + END.format("prepare-data", "SUCCESS"), START.format("finetune-2")
+    )
+    assert [line for line in screen.splitlines() if line.startswith("[")] == [
+        "[1/2] prepare data",
+        "[1/2] prepare data, once more",
+        "[2/2] finetune without HACL",
+    ]
+    assert [task.failure for task in console.tasks] == [None, None]

@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from shellv_core import storage
+from shellv_core.errors import StorageError
 from shellv_core.storage.seaweedfs import EmbeddedS3, embedded_s3
 
 
@@ -39,6 +42,17 @@ def test_data_survive_a_restart_and_the_server_goes_with_its_owner(tmp_path: Pat
     assert os.environ.get("AWS_ENDPOINT_URL") == before
     assert stat.S_IMODE((folder / "credentials.json").stat().st_mode) == 0o600
     with embedded_s3(folder) as bucket:
+        assert storage.read_bytes(f"s3://{bucket}/kept") == b"bytes"
+
+
+def test_the_server_listens_where_it_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "s3"
+    with embedded_s3(folder) as bucket:
+        storage.write_bytes(f"s3://{bucket}/kept", b"bytes")
+        with pytest.raises(StorageError, match=r"listens at http://127\.0\.0\.1:\d+, but 127\.0\.0\.2 is needed"):
+            EmbeddedS3(folder, "127.0.0.2").start()
+    with embedded_s3(folder, "127.0.0.2") as bucket:
+        assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.2:")
         assert storage.read_bytes(f"s3://{bucket}/kept") == b"bytes"
 
 

@@ -44,6 +44,7 @@ def test_image_tokens_come_to_name_their_words(parts):
     metrics = align_words(model, examples, features, CONFIG, 0, lambda values, step: logged.update({step: values}))
     assert metrics["alignment_f1"] > 0.9
     assert len(logged) == 40
+    assert all(parameter.grad is None for parameter in model.parameters())
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert all("multi_modal_projector" in name for name in changed)
     with torch.no_grad():
