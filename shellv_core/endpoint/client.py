@@ -70,11 +70,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """New text of an answer; the last pieces carry `finish_reason` and `usage` (token counts)."""
+    """New text of an answer; the last pieces carry `finish_reason` and `usage` (token counts), and `extensions`, this
+    project's own fields, where they were asked for."""
 
     text: str = ""
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
+    extensions: dict[str, Any] | None = None
 
 
 def image_data_url(data: bytes) -> str:
@@ -154,7 +156,9 @@ class EndpointClient:
             response = await _sent(http, "GET", f"{self.api_url}/models")
             content = self._content(response)
         models = content.get("data")
-        if not isinstance(models, list) or not models or not all(isinstance(each, dict) for each in models):
+        if models == []:
+            raise EndpointError(f"{self.url} serves no model yet.", response.status_code)
+        if not isinstance(models, list) or not all(isinstance(each, dict) for each in models):
             raise _unreadable(response)
         return models
 
@@ -321,7 +325,8 @@ def _piece(chunk: dict[str, Any]) -> AnswerPiece:
     if not chunk["choices"]:
         return AnswerPiece(usage=chunk.get("usage"))
     choice = chunk["choices"][0]
-    return AnswerPiece(choice["delta"].get("content") or "", choice.get("finish_reason"), chunk.get("usage"))
+    text = choice["delta"].get("content") or ""
+    return AnswerPiece(text, choice.get("finish_reason"), chunk.get("usage"), choice.get("shellv"))
 
 
 def _unreachable(url: str, error: Exception) -> EndpointError:

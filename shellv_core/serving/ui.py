@@ -94,21 +94,27 @@ def _page(site: Site, model_name: str) -> Any:
         ratings_tab.select(ratings.rows, None, ratings.table, **PRIVATE)
         choices = [*chat.models, *compare.models]
 
+        # Until the models are shown: the server may have none yet, and a browser that is still loading the words of
+        # its language may lose the first update.
+        until_shown = gr.Timer(2)
+
         async def models_now(*chosen: str | None) -> list[Any]:
             try:
                 names = await site.refresh()
-            except ServingError as error:
-                raise gr.Error(str(error), print_exception=False) from None
+            except ServingError:
+                return [gr.skip()] * (len(chosen) + 2)
             places = [0, *range(MAX_COLUMNS)]
             values = [
                 each if each in names else names[place % len(names)] for each, place in zip(chosen, places, strict=True)
             ]
-            return [*(gr.Dropdown(choices=names, value=value) for value in values), gr.Markdown(visible=len(names) < 2)]
+            drawn = [gr.Dropdown(choices=names, value=value) for value in values]
+            return [*drawn, gr.Markdown(visible=len(names) < 2), gr.Timer(active=list(chosen) != values)]
 
         def shared_now(request: gr.Request) -> tuple[Any, str]:
             return _shared(site, request)
 
-        page.load(models_now, choices, [*choices, arena.lone], **PRIVATE)
+        for trigger in (page.load, until_shown.tick):
+            trigger(models_now, choices, [*choices, arena.lone, until_shown], show_progress="hidden", **PRIVATE)
         page.load(shared_now, None, [shared_frame, shared_text], **PRIVATE)
         _keep(page, chat)
     return page

@@ -319,6 +319,16 @@ def test_a_phone_in_the_dark(browser, server):
         assert max(int(each) for each in color.strip("rgba()").split(",")[:3]) < 60
 
 
+def test_what_may_be_made_up_is_shown(page, red):
+    show(page, red)
+    page.get_by_label("Show what may be made up").locator("visible=true").check()
+    ask(page, "what is in this picture ?")
+    wait_for_the_end(page)
+    page.wait_for_selector("#chat-view-0")
+    view, answer = page.locator("#chat-view-0").inner_text(), answers(page, "chat-talk-0")[0]
+    assert answer.split()[0] in view
+
+
 def test_the_page_speaks_chinese(browser, server):
     with opened(browser, server[0], locale="zh-CN") as page:
         page.wait_for_selector("#chat-send:has-text('发送')")

@@ -41,6 +41,7 @@ class Answer:
         first_seconds: from the question to the first word; 0 before it.
         rate: tokens per second after the first; 0 before the end, and for an answer that came at once.
         tokens, prompt_tokens: 0 before the end.
+        hallucination: what of the text may be made up, where that was asked for; see `highlighted`.
         failed: whether the server refused or failed.
         done: whether this is the last of it.
     """
@@ -51,6 +52,7 @@ class Answer:
     rate: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
+    hallucination: dict[str, Any] | None = None
     failed: bool = False
     done: bool = False
 
@@ -89,6 +91,8 @@ async def _answer(client: EndpointClient, asked: Asked) -> AsyncGenerator[Answer
                 if piece.text and not answer.text:
                     answer = replace(answer, first_seconds=now - started)
                 answer = replace(answer, text=answer.text + piece.text)
+                if piece.extensions:
+                    answer = replace(answer, hallucination=piece.extensions.get("hallucination"))
                 if piece.usage:
                     tokens = piece.usage["completion_tokens"]
                     seconds = now - started - answer.first_seconds

@@ -11,6 +11,7 @@ from typing import Any
 from shellv_core.errors import ServingError
 from shellv_core.serving.page import turns
 from shellv_core.serving.page.asking import Answer, Asked, ask_all
+from shellv_core.serving.page.hallucination import COLORS, highlighted
 from shellv_core.serving.page.look import figures
 from shellv_core.serving.page.offline import gr
 from shellv_core.serving.page.parts import (
@@ -40,6 +41,7 @@ class Board:
         self.models: list[Any] = []
         self.chats: list[Any] = []
         self.figures: list[Any] = []
+        self.views: list[Any] = []
         self.parameters: list[Parameters] = []
         self._frames: list[Any] = []
         self._draw(columns)
@@ -53,6 +55,7 @@ class Board:
                 place = gr.Column()
                 if alone:
                     self.parameters.append(Parameters.build(words))
+                self.doubts = gr.Checkbox(label=words("doubts"), elem_id=f"{self.name}-doubts")
                 self.shown = gr.Radio([1] if alone else [2, 3, 4], value=1 if alone else 2, label=words("columns"),
                                       visible=not alone, elem_id=f"{self.name}-columns")  # fmt: skip
             with gr.Column(scale=4 if alone else 7, min_width=320):
@@ -85,13 +88,22 @@ class Board:
                 chat_box(self.site, f"{self.name}-talk-{index}", words("conversation"), height=440 if alone else 380)
             )
             self.figures.append(gr.HTML("", elem_classes="figures", elem_id=f"{self.name}-figures-{index}"))
+            self.views.append(
+                gr.HighlightedText(
+                    label=words("view"),
+                    color_map=COLORS,
+                    show_legend=True,
+                    visible=False,
+                    elem_id=f"{self.name}-view-{index}",
+                )
+            )
         self._frames.append(frame)
 
     def _wire(self) -> None:
         bar, chats = self.bar, self.chats
         flat = [component for each in self.parameters for component in each.components]
-        inputs = [self.shown, self.image, *self.models, *flat, *chats]
-        outputs = [*chats, *self.figures]
+        inputs = [self.shown, self.doubts, self.image, *self.models, *flat, *chats]
+        outputs = [*chats, *self.figures, *self.views]
         self.runs: list[Any] = []
         self.saves: list[Any] = []
 
@@ -130,17 +142,18 @@ class Board:
         """An event's function that lets all columns answer, or the one."""
 
         async def answer(*values: Any) -> AsyncGenerator[dict[Any, Any], None]:
-            histories, models, chosen, image = self._values(values)
+            histories, models, chosen, doubts, image = self._values(values)
+            extensions = {"shellv": {"hallucination": True}} if doubts else {}
             asked: dict[int, Asked] = {}
             for index, history in enumerate(histories):
                 if not history or history[-1]["role"] != "user" or only not in (None, index):
                     continue
                 try:
-                    sampling = {"model": models[index], **options(*chosen[index])}
+                    sampling = {"model": models[index], **options(*chosen[index]), **extensions}
                     asked[index] = Asked(turns.to_messages(history, image), sampling)
                 except ServingError as error:
                     raise gr.Error(str(error), print_exception=False) from None
-            yield {self.figures[index]: "" for index in asked} or {self.figures[0]: gr.skip()}
+            yield {each: gr.HighlightedText(visible=False) for each in self.views}
             async with aclosing(ask_all(self.site.client, asked)) as answers:
                 async for index, step in answers:
                     yield self._update(index, histories[index], step, models[index])
@@ -149,19 +162,23 @@ class Board:
 
     def _update(self, index: int, history: turns.History, answer: Answer, model: str) -> dict[Any, Any]:
         update: dict[Any, Any] = {self.figures[index]: figures(answer, self.site.context_length(model))}
+        if answer.hallucination is not None:
+            spans: Any = highlighted(answer.text, answer.hallucination)
+            update[self.views[index]] = gr.HighlightedText(spans, visible=True)
         if answer.text:
             update[self.chats[index]] = [*history, {"role": "assistant", "content": answer.text}]
         return update
 
-    def _values(self, values: tuple[Any, ...]) -> tuple[list[turns.History], list[str], list[Any], str | None]:
-        """Histories, models and parameters of the columns that are shown, and the picture, from an event's inputs."""
-        shown, image, *rest = values
+    def _values(self, values: tuple[Any, ...]) -> tuple[list[turns.History], list[str], list[Any], bool, str | None]:
+        """Histories, models and parameters of the columns that are shown, whether doubts are, and the picture, from an
+        event's inputs."""
+        shown, doubts, image, *rest = values
         columns = len(self.chats)
         models, rest = rest[:columns], rest[columns:]
         width = len(self.parameters[0].components)
         chosen = [rest[index * width : (index + 1) * width] for index in range(columns)]
         histories = [turns.plain(history) for history in rest[columns * width :]]
-        return histories[:shown], models[:shown], chosen[:shown], image
+        return histories[:shown], models[:shown], chosen[:shown], doubts, image
 
     def _add(self, question: str, shown: int, *histories: turns.History) -> list[Any]:
         plain = [turns.plain(history) for history in histories]
@@ -186,10 +203,11 @@ class Board:
     def _cleared(self) -> dict[Any, Any]:
         hidden = {self.files: gr.File(None, visible=False), self.address: gr.Textbox("", visible=False)}
         blank: dict[Any, Any] = {chat: [] for chat in self.chats} | dict.fromkeys(self.figures, "")
+        blank |= {view: gr.HighlightedText(visible=False) for view in self.views}
         return {**blank, **hidden, **self.bar.working(False)}
 
     def _transcript(self, values: tuple[Any, ...]) -> Transcript:
-        histories, models, chosen, image = self._values(values)
+        histories, models, chosen, _, image = self._values(values)
         talks = (
             Talk.of(model, options(*each), history)
             for model, each, history in zip(models, chosen, histories, strict=True)

@@ -16,9 +16,9 @@ def highlighted(text: str, view: dict[str, Any] | None) -> Spans:
 
     Args:
         text: the answer.
-        view: the response's ``shellv.hallucination``: ``objects``, each with ``start``, ``end`` (characters) and
-            ``confidence`` (0 to 1), and ``sentences``, each with ``start``, ``end``, ``margin`` and ``marked``;
-            None where there is none.
+        view: the response's ``shellv.hallucination``: ``objects``, each with ``start``, ``end`` (characters),
+            ``confidence`` (0 to 1) and ``marked``, and ``sentences``, each with ``start``, ``end`` and ``marked``; None
+            where there is none.
     """
     view = view or {}
     labels: list[str | None] = [None] * len(text)
