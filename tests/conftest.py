@@ -6,19 +6,32 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from shellv_core.storage.seaweedfs import S3_VARIABLES, embedded_s3
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+#: They share one run of the whole pipeline.
+ONE_RUN = ("tests/e2e/test_kill.py", "tests/e2e/test_one_component.py", "tests/e2e/test_pipeline.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file on one worker, since its fixtures are shared; the e2e files share one and name their group."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+class FileScheduling(LoadScopeScheduling):
+    """Keeps each file on one worker, since its fixtures are shared, and so the files of `ONE_RUN`.
+
+    By the file's name and not by xdist's own groups: those write to a private field that pytest 9.2 no longer has.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return ONE_RUN[0] if file in ONE_RUN else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """How tests are shared among the workers of ``-n``."""
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from shellv_core.storage import InputDirectory, list_uris
 from shellv_core.storage.seaweedfs import EmbeddedS3, embedded_s3
 from tests.e2e.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.containers, pytest.mark.xdist_group("containers"), pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(3600)]
 
 # More steps than the preset's, so that there is time to kill between a checkpoint and the end.
 SETTINGS = [

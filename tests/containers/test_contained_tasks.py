@@ -12,7 +12,7 @@ from pipelines.contained.network import RunNetwork
 from pipelines.contained.runner import docker_runner_remedied
 from tests.containers.conftest import built
 
-pytestmark = [pytest.mark.containers, pytest.mark.xdist_group("containers")]
+pytestmark = [pytest.mark.containers]
 
 PROBE = """\
 import json, os, pathlib

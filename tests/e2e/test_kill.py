@@ -17,7 +17,7 @@ from tests.e2e.conftest import REPOSITORY, Project
 from tests.e2e.test_pipeline import outputs
 
 # The first of them pays for the whole run.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 # Seconds of work after which each try is killed; a stage that is done by then was not killed.
 KILL_AFTER_SECONDS = (0.0, 1.0, 4.0)

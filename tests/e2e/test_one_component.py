@@ -18,7 +18,7 @@ from tests.e2e.conftest import REPOSITORY, Project
 from tests.e2e.test_pipeline import outputs
 
 # The first of them pays for the whole run.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 DOCUMENT = (REPOSITORY / "docs" / "components.md").read_text(encoding="utf-8")
 SHELL, SINGLE, SINGLE_FOR_A_CLUSTER, WHOLE, COMPILE = (

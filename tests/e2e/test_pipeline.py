@@ -12,7 +12,7 @@ from shellv_core.storage import InputDirectory, list_uris
 from tests.e2e.conftest import Project
 
 # The first of them pays for the whole run.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def registry(project: Project, monkeypatch: pytest.MonkeyPatch):
