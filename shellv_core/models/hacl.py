@@ -5,6 +5,7 @@ They live beside the model in a file of their own and are not part of an exporte
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from shellv_core.errors import ModelError
 
 INITIAL_TEMPERATURE = 0.07
 TEMPERATURE_RANGE = (0.001, 0.5)
+METADATA_NAME = "heads"
 HeadKind = Literal["linear", "none"]
 
 
@@ -60,7 +62,9 @@ def within_range(temperature: torch.Tensor) -> torch.Tensor:
 def save_heads(heads: HaclHeads, path: Path) -> None:
     """Write the heads as safetensors."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
-    save_file(tensors, path, metadata={"hidden_size": str(heads.hidden_size), "kind": heads.kind})
+    # One entry: safetensors writes several in an order that differs from process to process.
+    settings = json.dumps({"hidden_size": heads.hidden_size, "kind": heads.kind})
+    save_file(tensors, path, metadata={METADATA_NAME: settings})
 
 
 def load_heads(path: Path) -> HaclHeads:
@@ -71,11 +75,10 @@ def load_heads(path: Path) -> HaclHeads:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            kind: HeadKind = "none" if metadata.get("kind") == "none" else "linear"
-            heads = HaclHeads(int(metadata["hidden_size"]), kind)
+            settings = json.loads((file.metadata() or {})[METADATA_NAME])
+            heads = HaclHeads(settings["hidden_size"], settings["kind"])
             heads.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{path} holds no HACL heads: {error}. Give heads.safetensors of a finetune output."
         ) from error
