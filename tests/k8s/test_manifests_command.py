@@ -40,7 +40,6 @@ def test_images_of_the_lock_file_come_by_digest(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = ImagesLock(
-        version=__version__,
         images={
             each: LockedImage(reference=f"registry.example.com:5000/team/shellv-{each}:{__version__}", digest=DIGEST)
             for each in ("control", "train", "serve")
