@@ -71,7 +71,7 @@ def test_a_locked_pipeline_names_its_images_by_digest(name: str, tmp_path: Path)
     entries = {
         key: {"reference": f"r.example:5000/shellv-{key}:7", "digest": digest} for key, digest in DIGESTS.items()
     }
-    lock.write_text(yaml.safe_dump({"version": shellv_core.__version__, "images": entries}))
+    lock.write_text(yaml.safe_dump({"images": entries}))
     text = compiled_yaml(name, "cpu", lock)
     assert images(text) <= {f"r.example:5000/shellv-{key}@{digest}" for key, digest in DIGESTS.items()}
     for task in tasks_of(*yaml.safe_load_all(text)):

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
 
-import shellv_core
 from components.images import ImageName
 from pipelines.client import doctor
 from shellv_core.storage import list_uris, status
@@ -27,10 +27,10 @@ def own_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "LOCK_PATH", tmp_path / "images.lock.yaml")
 
 
-def lock(path: Path, registry: str = "registry.example/team", version: str = shellv_core.__version__) -> None:
+def lock(path: Path, registry: str = "registry.example/team", names: Sequence[str] = get_args(ImageName)) -> None:
     digest = "sha256:" + "a" * 64
-    images = {name: {"reference": f"{registry}/shellv-{name}:1", "digest": digest} for name in get_args(ImageName)}
-    path.write_text(yaml.safe_dump({"version": version, "images": images}))
+    images = {name: {"reference": f"{registry}/shellv-{name}:1", "digest": digest} for name in names}
+    path.write_text(yaml.safe_dump({"images": images}))
 
 
 def results(command: Command, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -107,14 +107,14 @@ def test_each_fault_is_found_and_says_what_to_do(
 def test_a_server_that_is_down_fails_and_the_rest_is_checked(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock(tmp_path / "images.lock.yaml", version="0.0.1")
+    lock(tmp_path / "images.lock.yaml", names=["control"])
     with kubernetes(None, OBJECTS, tmp_path / "kubeconfig"):
         said = command("doctor", "--endpoint", "http://127.0.0.1:9", "--root-uri", "file:///data")
         code, found = results(command, "--endpoint", "http://127.0.0.1:9", "--root-uri", "file:///data")
     assert said.code == code == 1
     assert found["server"]["status"] == "failed"
     assert found["bucket"]["detail"] == "file:///data is a place on one machine"
-    assert "is of version 0.0.1" in found["images"]["detail"]
+    assert "lacks train, serve" in found["images"]["detail"]
     assert found["GPU nodes"]["status"] == "not checked"
     assert "Kubernetes answers 403" in found["GPU nodes"]["detail"]
     assert found["secret"]["status"] == "ok"
