@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
-.PHONY: help install run run-containers serve test test-all test-fuzz test-containers check format compile efficacy \
-  smollm2 bench-data bench-slots browser podman images sbom clean
+.PHONY: help install run run-containers serve test test-all test-fuzz test-containers test-apiserver check format \
+  compile efficacy smollm2 bench-data bench-slots browser podman images sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -25,10 +25,10 @@ serve: $(INSTALLED)    ## keep the champion up, with its chat page
 	$(BIN)/shellv serve --model models:/shellv-nano@champion
 
 test: $(INSTALLED)     ## all tests that need no browser, no compiler and under 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not containers and not fuzz and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not browser and not containers and not apiserver and not fuzz and not slow"
 
 test-all: $(INSTALLED) browser ## also the tests that drive Chromium or compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not containers and not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not containers and not apiserver and not fuzz"
 
 test-fuzz: $(INSTALLED) ## 120,000 hostile requests and two minutes of overload against the API (over half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz tests/serving
@@ -47,6 +47,10 @@ run-containers: $(INSTALLED) podman ## the whole pipeline as in `make run`, in t
 
 test-containers: $(INSTALLED) podman ## the tests that run those images, among them a kill amid training
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m containers
+
+test-apiserver: $(INSTALLED) podman ## the tests of training jobs again on a real Kubernetes API server, which it builds first
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.apiserver
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m apiserver tests/cluster
 
 sbom: $(INSTALLED) podman ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
 	$(BIN)/python -m containers sbom

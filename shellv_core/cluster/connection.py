@@ -121,9 +121,11 @@ class Cluster:
         """Create an object.
 
         Raises:
-            ApiError: with status 409 if there is one of this name.
+            ApiError: with status 409 if there is one of this name, 400 if it has a field that the cluster does not
+                know: unless asked to refuse it, the API drops it.
         """
-        created: dict[str, Any] = self.request("POST", resource.path(self.namespace), body)
+        query = {"fieldValidation": "Strict"}
+        created: dict[str, Any] = self.request("POST", resource.path(self.namespace), body, query)
         return created
 
     def apply(self, resource: Resource, body: Mapping[str, Any], manager: str) -> dict[str, Any]:

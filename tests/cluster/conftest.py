@@ -9,14 +9,27 @@ import yaml
 from shellv_core.cluster import connection, following, logs
 from shellv_core.cluster.connection import Cluster
 from shellv_core.cluster.permissions import PERMISSIONS
+from tests.cluster.apiserver.running import Server, running
 from tests.cluster.kubernetes_api import KubernetesApi
 from tests.cluster.kubernetes_http import TOKEN, serving
 
 
+@pytest.fixture(scope="session")
+def apiserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real API server for TrainJobs; `make test-apiserver` builds it."""
+    with running(tmp_path_factory.mktemp("apiserver")) as server:
+        yield server
+
+
 @pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+def stand_in() -> KubernetesApi:
+    """The server's state."""
+    return KubernetesApi()
+
+
+@pytest.fixture
+def api(stand_in: KubernetesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
     """An API server, a kubeconfig file that names it, and a client without patience."""
-    stand_in = KubernetesApi()
     with serving(stand_in) as url:
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(kubeconfig(url)))

@@ -15,7 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.cluster.apiserver.running import Server
 from tests.cluster.server_side_apply import Conflict, Path, apply, owned_fields
+from tests.cluster.train_job_crd import IMMUTABLE, unknown_fields
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 Key = tuple[str, str]
@@ -55,13 +57,15 @@ class KubernetesApi:
     """The server's state, and what a test may do to it behind the client's back.
 
     Attributes:
-        faults: for the next requests other than watches and logs: an HTTP status, or "reset" for a cut connection.
+        faults: for the next requests other than watches and logs: an HTTP status, "reset" for a connection that is cut
+            at once, "lost" for one that is cut when all is done and only the answer is missing.
         cuts: for the next watches and followed logs: break off after so many lines (a watch's in the middle of one).
         forbidden: verb and resource that the account lacks.
         absent: kinds that nobody has installed.
         asked: how often each (group, resource, verb) was.
         reads: how often each (plural, name) was read.
         changed: called with every object that was written.
+        elsewhere: kinds that another server keeps; requests for them are passed on to it as they are.
         services: the address behind a Service's name, None while it has no endpoint.
     """
 
@@ -76,6 +80,7 @@ class KubernetesApi:
         self.asked: Counter[tuple[str, str, str]] = Counter()
         self.reads: Counter[Key] = Counter()
         self.changed: Callable[[Key], None] = lambda key: None
+        self.elsewhere: dict[str, Server] = {}
         self.services: Callable[[str], str | None] = lambda name: None
         self.closing = False
         self.changes = threading.Condition(threading.RLock())
@@ -87,6 +92,14 @@ class KubernetesApi:
         with self.changes:
             self._version += 1
             self._oldest = self._version
+
+    def stored(self, plural: str, name: str) -> Object | None:
+        """An object, without a request."""
+        return self.objects.get((plural, name))
+
+    def names(self, plural: str) -> set[str]:
+        """All objects of a kind, without a request."""
+        return {name for kind, name in self.objects if kind == plural}
 
     def put(self, plural: str, item: Object, manager: str = "kubectl") -> None:
         """Create or replace an object, all its fields `manager`'s."""
@@ -134,14 +147,20 @@ class KubernetesApi:
             self._history.append((self._version, kind, key, copy.deepcopy(item)))
             self.changes.notify_all()
 
-    def create(self, plural: str, item: Object, manager: str) -> Object:
-        """POST."""
+    def create(self, plural: str, item: Object, manager: str, strictly: bool = False) -> Object:
+        """POST; strictly is without unknown fields in a TrainJob."""
         name = item["metadata"].get("name", "")
+        if strictly and plural == "trainjobs" and (unknown := list(unknown_fields(item))):
+            listed = ", ".join(f'unknown field "{field}"' for field in unknown)
+            what = 'TrainJob in version "v1alpha1" cannot be handled as a TrainJob'
+            raise Refusal(400, "BadRequest", f"{what}: strict decoding error: {listed}")
         if not NAME.fullmatch(name) or len(name) > 63:
             raise Refusal(422, "Invalid", f"{plural} {name!r} is invalid: metadata.name: a lowercase RFC 1123 label")
         with self.changes:
             if (plural, name) in self.objects:
-                raise Refusal(409, "AlreadyExists", f'{plural} "{name}" already exists')
+                raise Refusal(409, "AlreadyExists", f'{_full(plural)} "{name}" already exists')
+            # Its own address has the status.
+            item = {field: each for field, each in item.items() if field != "status"}
             self.owners[plural, name] = {manager: {path for path, _ in owned_fields(item)}}
             return self.write((plural, name), item)
 
@@ -149,7 +168,7 @@ class KubernetesApi:
         """GET of one."""
         with self.changes:
             if (plural, name) not in self.objects:
-                raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+                raise Refusal(404, "NotFound", f'{_full(plural)} "{name}" not found')
             self.reads[plural, name] += 1
             return copy.deepcopy(self.objects[plural, name])
 
@@ -166,8 +185,13 @@ class KubernetesApi:
             live = self.objects.get((plural, name))
             if content_type != "application/apply-patch+yaml":
                 if live is None:
-                    raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
-                return self.write((plural, name), _merge(copy.deepcopy(live), body))
+                    raise Refusal(404, "NotFound", f'{_full(plural)} "{name}" not found')
+                merged = _merge(copy.deepcopy(live), body)
+                if plural == "trainjobs" and merged["spec"]["runtimeRef"] != live["spec"]["runtimeRef"]:
+                    raise Refusal(
+                        422, "Invalid", f'TrainJob "{name}" is invalid: spec.runtimeRef: {IMMUTABLE["message"]}'
+                    )
+                return self.write((plural, name), merged)
             manager = query.get("fieldManager")
             if not manager:
                 raise Refusal(422, "Invalid", "fieldManager: Required value: is required for apply patch")
@@ -195,8 +219,6 @@ class KubernetesApi:
         """A watch's events from `resourceVersion` on, until `timeoutSeconds` are over."""
         chosen, seen = _selector(query), int(query["resourceVersion"])
         deadline = time.monotonic() + float(query.get("timeoutSeconds", 60))
-        if query.get("allowWatchBookmarks"):
-            yield {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(seen)}}}
         while time.monotonic() < deadline and not self.closing:
             with self.changes:
                 if seen < self._oldest:
@@ -209,6 +231,13 @@ class KubernetesApi:
                 seen = version
                 if of == plural and chosen(item):
                     yield {"type": kind, "object": item}
+        if query.get("allowWatchBookmarks"):
+            yield {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(seen)}}}
+
+
+def _full(plural: str) -> str:
+    groups = {"trainjobs": "trainer.kubeflow.org", "deployments": "apps"}
+    return f"{plural}.{groups[plural]}" if plural in groups else plural
 
 
 def _content(item: Object) -> Object:

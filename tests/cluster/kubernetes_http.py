@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.cluster.apiserver.running import Server
 from tests.cluster.kubernetes_api import KubernetesApi, Object, Refusal
 
 TOKEN = "token-of-the-test"
@@ -28,6 +29,7 @@ KNOWN = {"trainjobs", "pods", "events", "deployments", "services"}
 def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        lost = False
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -67,11 +69,15 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
                 fault = api.faults.popleft()
                 if fault == "reset":
                     raise ConnectionResetError
-                raise Refusal(int(fault), "ServiceUnavailable", "the server is not able to handle the request now")
+                self.lost = fault == "lost"
+                if not self.lost:
+                    raise Refusal(int(fault), "ServiceUnavailable", "the server is not able to handle the request now")
             if sub == "log":
                 self.send_log(name, query)
             elif sub == "proxy":
                 self.forward(name, match["rest"] or "/", body)
+            elif plural in api.elsewhere:
+                self.pass_on(api.elsewhere[plural], body, watch)
             elif watch:
                 lines = (json.dumps(event) for event in api.events(plural, query))
                 self.stream(lines, torn=True)
@@ -81,7 +87,8 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
                 items, version = api.select(plural, query)
                 self.send(200, {"kind": "List", "metadata": {"resourceVersion": version}, "items": items})
             elif self.command == "POST":
-                self.send(201, api.create(plural, json.loads(body), query.get("fieldManager", "python")))
+                strictly = query.get("fieldValidation") == "Strict"
+                self.send(201, api.create(plural, json.loads(body), query.get("fieldManager", "python"), strictly))
             elif self.command == "PATCH":
                 content_type = self.headers["content-type"]
                 self.send(200, api.patch(plural, name, json.loads(body), content_type, query))
@@ -142,7 +149,24 @@ def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
                 status, content = error.code, error.read()
             self.send(status, content)
 
+        def pass_on(self, server: Server, body: bytes, watch: bool) -> None:
+            headers = {name: self.headers[name] for name in ("accept", "content-type") if name in self.headers}
+            headers["authorization"] = f"Bearer {server.token}"
+            request = urllib.request.Request(f"{server.url}{self.path}", body or None, headers, method=self.command)
+            try:
+                response = urllib.request.urlopen(request, timeout=120, context=server.tls)
+            except urllib.error.HTTPError as error:
+                self.send(error.code, error.read())
+                return
+            with response:
+                if watch:
+                    self.stream((line.decode().rstrip("\n") for line in response), torn=True)
+                else:
+                    self.send(response.status, response.read())
+
         def send(self, status: int, content: Object | bytes) -> None:
+            if self.lost:
+                raise ConnectionResetError
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")

@@ -11,10 +11,13 @@ import yaml
 
 from shellv_core.cluster import connection, launcher
 from shellv_core.cluster.connection import Cluster
+from shellv_core.cluster.following import follow
 from shellv_core.cluster.launcher import delete_jobs, run_job
 from shellv_core.cluster.train_job import job_name, train_job
 from shellv_core.errors import ClusterError, Preempted, ShellVError, TrainingError
 from tests.cluster.conftest import kubeconfig
+from tests.cluster.kept_elsewhere import TrainJobsElsewhere
+from tests.cluster.kubernetes_api import KubernetesApi
 
 RUN = "3f2a9c1e-run"
 NAME = job_name(RUN, "finetune", "0123456789abcdef")
@@ -41,8 +44,12 @@ def manifest(**values):
     return train_job(**{**defaults, **values})
 
 
+NODES_READY = {"name": "node", "ready": 2, "active": 2, "succeeded": 0, "failed": 0, "suspended": 0}
+
+
 def condition(kind, reason="", message="", status="True"):
-    return {"conditions": [{"type": kind, "status": status, "reason": reason, "message": message}]}
+    found = {"type": kind, "status": status, "reason": reason or kind, "message": message}
+    return {"conditions": [found | {"lastTransitionTime": "2026-01-01T00:00:00Z"}]}
 
 
 def pod(name=f"{NAME}-node-0-0-x", phase="Running", created=0, **status):
@@ -79,7 +86,19 @@ def until(condition, seconds=60):
 
 
 def created(api, name=NAME):
-    until(lambda: ("trainjobs", name) in api.objects)
+    until(lambda: api.stored("trainjobs", name))
+
+
+@pytest.fixture(params=["stand-in", pytest.param("apiserver", marks=pytest.mark.apiserver)])
+def stand_in(request):
+    """All of this file runs against the stand-in alone, and again with the TrainJobs of a real API server."""
+    if request.param == "stand-in":
+        yield KubernetesApi()
+        return
+    api = TrainJobsElsewhere(request.getfixturevalue("apiserver"))
+    yield api
+    for name in api.names("trainjobs"):
+        api.remove("trainjobs", name)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +109,7 @@ def _log(caplog):
 def test_a_job_is_queued_runs_and_is_gone_in_the_end(api, cluster, caplog, capfd):
     running = Running(cluster)
     created(api)
-    assert api.objects["trainjobs", NAME]["metadata"]["labels"]["shellv.dev/run"] == RUN
+    assert api.stored("trainjobs", NAME)["metadata"]["labels"]["shellv.dev/run"] == RUN
     api.set_status("trainjobs", NAME, **condition("Suspended", "Suspended", "TrainJob is suspended"))
     until(lambda: "queued: TrainJob is suspended" in caplog.text)
     api.set_status("trainjobs", NAME, **condition("Suspended", "Resumed", "", "False"))
@@ -98,7 +117,7 @@ def test_a_job_is_queued_runs_and_is_gone_in_the_end(api, cluster, caplog, capfd
     api.put("pods", pod())
     log = api.log(f"{NAME}-node-0-0-x", "node")
     log.add("step 1", "step 2")
-    api.set_status("trainjobs", NAME, jobsStatus=[{"name": "node", "ready": 2, "active": 2}])
+    api.set_status("trainjobs", NAME, jobsStatus=[NODES_READY])
     until(lambda: f"TrainJob {NAME}: running" in caplog.text)
     api.set_status("trainjobs", NAME, trainerStatus={"progressPercentage": 40, "estimatedRemainingSeconds": 600})
     until(lambda: "40%, ETA 600 s" in caplog.text)
@@ -108,7 +127,7 @@ def test_a_job_is_queued_runs_and_is_gone_in_the_end(api, cluster, caplog, capfd
     api.set_status("trainjobs", NAME, **condition("Complete", "JobsCompleted"))
     running.end()
     assert capfd.readouterr().err.splitlines() == ["step 1", "step 2", "step 3"]
-    assert ("trainjobs", NAME) not in api.objects
+    assert api.stored("trainjobs", NAME) is None
     assert "failed" not in caplog.text
 
 
@@ -152,13 +171,14 @@ def test_another_job_of_this_name_is_refused_and_left_alone(api, cluster):
         ClusterError, match=rf"there is a TrainJob {NAME} .* with another specification .*kubectl delete"
     ):
         run_job(cluster, manifest())
-    assert ("trainjobs", NAME) in api.objects
+    assert api.stored("trainjobs", NAME)
 
 
 def test_an_earlier_job_that_is_being_deleted_is_waited_for(api, cluster, caplog):
     old = manifest(image="shellv-train:2")
-    old["metadata"] |= {"finalizers": ["x"], "deletionTimestamp": "2026-01-01T00:00:00Z"}
+    old["metadata"]["finalizers"] = ["shellv.dev/test"]
     api.put("trainjobs", old)
+    api.delete("trainjobs", NAME)
     running = Running(cluster)
     until(lambda: "waiting for an earlier one to be gone" in caplog.text)
     api.remove("trainjobs", NAME)
@@ -188,7 +208,7 @@ def test_a_failed_job_says_why_and_is_deleted(api, cluster):
     assert "event: Evicted: the node was low on memory" in said
     assert "log: allocating 90 GB" in said
     assert said.endswith("Its log: training cannot go on")
-    assert ("trainjobs", NAME) not in api.objects
+    assert api.stored("trainjobs", NAME) is None
 
 
 def test_a_job_that_someone_deletes(api, cluster):
@@ -215,36 +235,37 @@ def test_cut_watches_an_expired_version_and_a_restarting_server(api, cluster, ca
 
 
 def test_a_watch_whose_version_is_too_old_begins_anew(api, cluster, caplog):
-    running = Running(cluster)
-    created(api)
-    until(lambda: api.asked["trainer.kubeflow.org", "trainjobs", "watch"])
+    api.put("trainjobs", manifest())
+    old = cluster.get(launcher.TRAIN_JOBS, NAME)
+    api.set_status("trainjobs", NAME, trainerStatus={"progressPercentage": 1})
     api.expire()
-    until(lambda: "Expired: too old resource version" in caplog.text)
-    api.set_status("trainjobs", NAME, **condition("Complete"))
-    running.end()
+    asked = []
+
+    def stale_once(resource, name):
+        asked.append(name)
+        return old if len(asked) == 1 else Cluster.get(cluster, resource, name)
+
+    cluster.get = stale_once
+    states = follow(cluster, launcher.TRAIN_JOBS, NAME, 30)
+    assert "status" not in next(states)
+    assert next(states)["status"]["trainerStatus"]["progressPercentage"] == 1
+    assert "(410)\nReason: Expired: " in caplog.text
 
 
 def test_a_lost_server_leaves_the_job_to_the_next_try(api, cluster):
+    api.cuts.extend([0] * 100)
     running = Running(cluster)
-    created(api)
+    until(lambda: api.asked["trainer.kubeflow.org", "trainjobs", "watch"])
     api.faults.extend(["reset"] * 100)
-    api.set_status("trainjobs", NAME, trainerStatus={})
-    api.expire()
+    api.set_status("trainjobs", NAME, trainerStatus={"progressPercentage": 1})
     with pytest.raises(ClusterError, match="does not answer"):
         running.end()
-    assert ("trainjobs", NAME) in api.objects
+    assert api.stored("trainjobs", NAME)
 
 
-def test_the_answer_to_a_creation_is_lost(api, cluster, monkeypatch):
+def test_the_answer_to_a_creation_is_lost(api, cluster):
     # The connection breaks after the server has stored the object, so that the second try finds it.
-    create = api.create
-
-    def stored_then_cut(plural, item, manager):
-        api.create = create
-        create(plural, item, manager)
-        raise ConnectionResetError
-
-    api.create = stored_then_cut
+    api.faults.append("lost")
     running = Running(cluster)
     created(api)
     api.set_status("trainjobs", NAME, **condition("Complete"))
@@ -264,7 +285,7 @@ def test_sigterm_deletes_the_job_and_asks_for_a_rerun(api, cluster):
     with pytest.raises(Preempted) as caught:
         run_job(cluster, manifest())
     assert caught.value.code == 143
-    assert ("trainjobs", NAME) not in api.objects
+    assert api.stored("trainjobs", NAME) is None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -273,7 +294,7 @@ def test_the_jobs_of_a_run_are_deleted_and_no_others(api, cluster):
     for job in (manifest(), manifest(name="sv-second"), other):
         api.put("trainjobs", job)
     assert sorted(delete_jobs(RUN)) == sorted([NAME, "sv-second"])
-    assert set(api.objects) == {("trainjobs", "sv-other")}
+    assert api.names("trainjobs") == {"sv-other"}
     assert delete_jobs(RUN) == []
 
 
@@ -313,6 +334,23 @@ def test_a_cluster_without_kubeflow_trainer(api, cluster):
 def test_a_name_that_the_api_refuses_is_told(api, cluster):
     with pytest.raises(ClusterError, match=r"\(422\): .*metadata.name"):
         run_job(cluster, manifest(name="Not_A_Name"))
+
+
+def test_a_field_that_the_cluster_s_trainer_lacks_is_refused_and_not_dropped(api, cluster):
+    job = manifest()
+    job["spec"]["trainer"]["noSuchField"] = 1
+    with pytest.raises(ClusterError, match=r'\(400\): .* as a TrainJob: .*unknown field "spec\.trainer\.noSuchField"'):
+        Running(cluster, job).end()
+    assert api.stored("trainjobs", NAME) is None
+
+
+def test_a_job_keeps_its_runtime(api, cluster):
+    api.put("trainjobs", manifest())
+    change = {"spec": {"runtimeRef": {"name": "another"}}}
+    path = launcher.TRAIN_JOBS.path(cluster.namespace, NAME)
+    with pytest.raises(ClusterError, match=r"\(422\): .*spec\.runtimeRef: .*field is immutable"):
+        cluster.request("PATCH", path, change, content_type="application/merge-patch+json")
+    api.asked.clear()  # No pipeline task may do this.
 
 
 @pytest.mark.parametrize("run", ["3f2a9c1e-77aa-4b0c-9d0e-1c2d3e4f5a6b", "Nightly Run #7 (main)", "x" * 300, "7"])
