@@ -44,6 +44,9 @@ def main() -> None:
 def bootstrap_command(root: Path) -> list[str]:
     """The arguments that install Go, the server's library and etcd below `root`."""
     return [
+        # What it mounts below `root` is never seen from here, whatever ends it, when the folder is deleted.
+        "unshare",
+        "--mount",
         "mmdebstrap",
         "--variant=essential",
         f"--include={','.join(PACKAGES)}",
