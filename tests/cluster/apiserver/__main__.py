@@ -20,9 +20,10 @@ SOURCE = Path(__file__).with_name("main.go")
 
 
 def main() -> None:
-    """Build what is missing or older than its source; needs root, 6 GB of disk for a while, and Debian's archive."""
-    server, etcd = (PROGRAMS / name for name in ("apiserver", "etcd"))
-    if etcd.is_file() and server.is_file() and server.stat().st_mtime > SOURCE.stat().st_mtime:
+    """Build what is missing or of another source; needs root, 6 GB of disk for a while, and Debian's archive."""
+    server, etcd, built_from = (PROGRAMS / name for name in ("apiserver", "etcd", SOURCE.name))
+    # The copy of the source is written last.
+    if built_from.is_file() and built_from.read_bytes() == SOURCE.read_bytes():
         return
     if shutil.which("mmdebstrap") is None:
         raise CommandError("mmdebstrap is not installed; `make podman` installs it on Debian and Ubuntu.")
@@ -38,6 +39,7 @@ def main() -> None:
         shutil.copy(root / "usr/bin/etcd", folder)
         Path(folder, "etcd").replace(etcd)
         (root / "build/apiserver").replace(server)
+    shutil.copy(SOURCE, built_from)
     print(f"built {server} and {etcd}")
 
 
