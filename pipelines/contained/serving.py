@@ -21,11 +21,11 @@ POLL_SECONDS = 2.0
 
 
 class ServedChampion:
-    """Starts the serving container once the alias names a version, and replaces it when the alias moves.
+    """Starts the serving container once the alias names a version; from then on the server follows the alias itself.
 
     Args:
         model: name in the registry.
-        log_path: gets the log of each container as it ends.
+        log_path: gets the container's log when all is over.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class ServedChampion:
         self._client, self._image, self._network = client, image, network
         self._environment, self._model, self._log_path = dict(environment), model, log_path
         self._container: Any = None
-        self._version: str | None = None
         self._ended = threading.Event()
 
     @contextlib.contextmanager
@@ -57,11 +56,14 @@ class ServedChampion:
         registry = ModelRegistry(self._model)
         while not self._ended.wait(POLL_SECONDS):
             try:
-                champion = registry.find(CHAMPION)
-                if champion is not None and champion.version != self._version:
-                    self._remove()
+                if self._container is not None:
+                    self._container.reload()
+                    if self._container.status == "exited":
+                        said = self._container.logs(tail=5).decode(errors="replace").strip()
+                        logger.warning("the serving container has ended:\n%s", said)
+                        return
+                elif registry.find(CHAMPION) is not None:
                     self._start(f"models:/{self._model}@{CHAMPION}")
-                    self._version = champion.version
             except TrackingError as error:
                 # A registry that is busy is asked again.
                 logger.debug("%s", error)
@@ -71,7 +73,8 @@ class ServedChampion:
     def _start(self, reference: str) -> None:
         self._container = self._client.containers.run(
             self._image,
-            ["shellv", "serve", "--model", reference, "--host", "0.0.0.0", "--port", str(PORT)],  # noqa: S104
+            # Only the run's own containers and this machine are on the network.
+            ["shellv", "serve", f"--model={reference}", "--host=0.0.0.0", f"--port={PORT}", "--open-to-all"],
             detach=True,
             name=f"{NAME}-{self._network.name}",
             network=self._network.name,
@@ -83,7 +86,5 @@ class ServedChampion:
     def _remove(self) -> None:
         if self._container is None:
             return
-        with self._log_path.open("ab") as log:
-            log.write(self._container.logs())
+        self._log_path.write_bytes(self._container.logs())
         self._container.remove(force=True)
-        self._container = None
