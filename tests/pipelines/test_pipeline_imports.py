@@ -13,13 +13,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LIGHT = {"kfp", "components", "pipelines"}
 #: What all but the components themselves may import too.
 LIBRARY = {"pydantic", "shellv_core", *(f"shellv_core.{name}" for name in ("config", "errors", "logs", "storage"))}
-#: What talks to a server is imported by its commands' actions, and no pipeline.
-CLIENT = REPOSITORY / "pipelines" / "client"
+#: What talks to a server, or runs containers, is imported by its commands' actions, and by no pipeline.
+ACTIONS = [REPOSITORY / "pipelines" / name for name in ("client", "contained")]
 FILES = sorted(
     path
     for folder in ("components", "pipelines")
     for path in (REPOSITORY / folder).rglob("*.py")
-    if CLIENT not in path.parents
+    if not set(ACTIONS) & set(path.parents)
 )
 HEAVY = ("torch", "transformers", "mlflow", "boto3", "kfp", "kubernetes", "pydantic")
 
