@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,17 @@ class FileScheduling(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """How tests are shared among the workers of ``-n``."""
     return FileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A program that a test runs sets logging up, on a stream that is closed when the test ends."""
+    root, library = logging.getLogger(), logging.getLogger("shellv_core")
+    handlers, levels = set(root.handlers), (root.level, library.level)
+    yield
+    root.handlers[:] = [each for each in root.handlers if each in handlers]
+    root.setLevel(levels[0])
+    library.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,7 @@ def test_the_verbs_are_frozen() -> None:
         "bench",
         "calibrate",
         "chat",
+        "votes",
     }
 
 

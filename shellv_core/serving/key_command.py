@@ -10,6 +10,10 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare whose key is made and what it opens."""
+    parser.description = (
+        "A key opens the API (scope chat) or the operations port (scope admin) of `shellv serve --keys FILE`. The file"
+        " holds hashes alone; to take a key back, delete its line and send the server SIGHUP."
+    )
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     new = verbs.add_parser("new", help="print a new key once, and append its hash to a file")
     new.add_argument("--keys", type=Path, required=True, metavar="FILE", help="file of hashes, made where missing")
