@@ -80,7 +80,9 @@ def test_20_kills_change_no_byte_of_shards_index_and_manifest(tmp_path: Path, tr
     _remove(output)
     process = _start(command)
     assert process.wait() == 0
-    assert _content(output) == killed
+    # By name first: comparing megabytes as text would take pytest longer than the kills.
+    whole = _content(output)
+    assert [name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name)] == []
     assert {name.partition("/")[0] for name in killed} == {
         "index", "manifest.json", "plan.json", "rejected.jsonl", "train", "validation",
     }  # fmt: skip
@@ -91,7 +93,11 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Which run made it is all that may differ.
+    manifest = json.loads(found["manifest.json"])
+    assert manifest.pop("origin")
+    return found | {"manifest.json": json.dumps(manifest).encode()}
 
 
 def _remove(folder: Path) -> None:

@@ -22,9 +22,9 @@ from tests.serving.test_slots_equality import answer_all, save_random_adapter
 from tests.serving.tiny_model import build_model
 
 
-def answers(directory, requests, adapters=None, **options):
+def answers(directory, requests, adapters=None, batching="slots", **options):
     model, processor, adapter_set = load_served(directory, adapters=adapters, **options)
-    engine = TransformersEngine(model, processor, EngineConfig(max_waiting=64), adapter_set)
+    engine = TransformersEngine(model, processor, EngineConfig(max_waiting=64, batching=batching), adapter_set)
     found, _ = asyncio.run(answer_all(engine, requests))
     return [token_ids for token_ids, _, _ in found], model
 
@@ -59,8 +59,12 @@ def test_quantized_models_answer_on_the_cpu(model_path, adapter_files, quantizat
     assert {kind for name, kind in kinds.items() if ".language_model." in name} == {layer}
     # Quantized towers and heads cost quality and save next to nothing.
     assert {kind for name, kind in kinds.items() if ".language_model." not in name} == {"Linear"}
-    again, _ = answers(model_path, requests, adapter_files, quantization=quantization)
-    assert again == found
+    # What 8 bits round an activation to changes with its last bits, and these with what else is in the batch.
+    batching = "serial" if quantization == "int8" else "slots"
+    first, second = (
+        answers(model_path, requests, adapter_files, batching, quantization=quantization)[0] for _ in range(2)
+    )
+    assert first == second
 
 
 def test_bfloat16_answers(model_path):
