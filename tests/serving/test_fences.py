@@ -297,7 +297,7 @@ def test_too_many_connections(narrow):
     finally:
         for each in held:
             each.close()
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_connections")
     assert int(refused.headers["retry-after"]) > 0
     wait_for(lambda: httpx.get(f"{narrow.url}/healthz", timeout=60).status_code == 200)
 

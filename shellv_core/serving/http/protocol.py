@@ -105,4 +105,5 @@ def guarded_protocol(limits: ConnectionLimits) -> type[GuardedProtocol]:
 
 async def _too_many_connections(scope: Scope, receive: Receive, send: Send) -> None:
     message = "too many connections are open; come back in a moment."
-    await refuse(send, 503, error_body(message, "server_error", code="too_many_connections"), RETRY_AFTER_SECONDS)
+    body = error_body(message, "rate_limit_error", code="too_many_connections")
+    await refuse(send, 429, body, RETRY_AFTER_SECONDS)
