@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m containers", description="Build the images and look into them.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     building = commands.add_parser("build", help="build all images and write the lock file")
-    building.add_argument("--base-image", metavar="REFERENCE", help="base of all images (each Containerfile's own)")
+    building.add_argument("--base-image", metavar="REFERENCE", help="base of all images (each image's own)")
     building.add_argument("--push", metavar="REGISTRY", help="push them there, for example registry.example/team")
     pinning = commands.add_parser("requirements", help="write the images' pinned packages")
     pinning.add_argument("--check", action="store_true", help="only tell whether the committed files are current")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,22 +10,20 @@ from pathlib import Path
 import shellv_core
 from components.images import CODE_LABEL, ImageName, LockedImage, image
 from containers.base import LOCAL_BASE, make_base
-from containers.catalogue import IMAGES, REPOSITORY, Image
+from containers.catalogue import CONTAINERFILE, IMAGES, REPOSITORY, Image
 from containers.commands import output_of, run
 from containers.engine import digest_of, find_engine, image_exists, inspect, pull
 from containers.lock import write_lock
 from containers.pip_settings import pip_mounts
 from shellv_core.stages.runner import code_digest
 
-DEFAULT_BASE = re.compile(r"^ARG BASE_IMAGE=(\S+)$", re.MULTILINE)
-
 
 def build(base_image: str | None, push_to: str | None, show: Callable[[str], None]) -> None:
     """Build all images, push them if wanted, and write the lock file.
 
     Args:
-        base_image: base of all images; by default each Containerfile's own, and where its registry is not in reach a
-            base that is made here.
+        base_image: base of all images; by default each image's own, and where its registry is not in reach a base
+            that is made here.
         push_to: registry and prefix to push to.
         show: takes lines for people.
 
@@ -72,26 +69,19 @@ def build_command(engine: str, each: Image, base: str, reference: str, mounts: S
         *(isolation if engine == "podman" else []),
         *mounts,
         f"--build-arg=BASE_IMAGE={base}",
+        f"--build-arg=IMAGE={each.name}",
+        f"--target={each.target}",
         *(f"--label={name}={value}" for name, value in labels.items()),
-        f"--file={each.containerfile}",
+        f"--file={CONTAINERFILE}",
         f"--tag={reference}",
         str(REPOSITORY),
     ]
 
 
-def own_base(each: Image) -> str:
-    """The base that the Containerfile names."""
-    found = DEFAULT_BASE.search(each.containerfile.read_text(encoding="utf-8"))
-    if found is None:
-        raise ValueError(f"{each.containerfile} has no ARG BASE_IMAGE")
-    return found[1]
-
-
 def _reachable_base(engine: str, each: Image, show: Callable[[str], None]) -> str:
-    wanted = own_base(each)
-    if pull(engine, wanted):
-        return wanted
-    show(f"{wanted} is not in reach: {each.name} gets a base made here, without CUDA")
+    if pull(engine, each.base):
+        return each.base
+    show(f"{each.base} is not in reach: {each.name} gets a base made here, without CUDA")
     if not image_exists(engine, LOCAL_BASE):
         make_base(engine)
     return LOCAL_BASE

@@ -32,8 +32,8 @@ from shellv_core.serving.bench.figures import compare, figures_of
 from shellv_core.serving.bench.workload import Workload, make_requests
 from tests.bench.serving_variants import VARIANTS, build_bench_model
 
-#: Short enough for two rounds within the time, and twice as many requests as clients, so that places are filled again.
-WORKLOADS = {"fixed": "32", "mixed": "8-100"}
+#: Short enough for two rounds within the time; twice as many requests as clients, so that places are filled again.
+WORKLOADS = {"fixed": "64", "mixed": "8-100"}
 NAMES = {
     "slots": "slots (ours)",
     "serial": "one at a time",

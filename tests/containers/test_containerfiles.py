@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from containers.build import own_base
-from containers.catalogue import IMAGES, REPOSITORY, Image
+from containers.catalogue import CONTAINERFILE, IMAGES, REPOSITORY, Image
 from containers.requirements import requirements_text
 
 SECRET = re.compile(r"(?i)(password|passwd=|secret|token|api_?key|authorization|-----BEGIN)")
@@ -20,64 +19,66 @@ FULL_TAG = re.compile(r"^docker\.io/[a-z0-9/-]+:\d+\.\d+\.\d+[a-z0-9.-]*$")
 images = pytest.mark.parametrize("image", IMAGES.values(), ids=list(IMAGES))
 
 
-def instructions(image: Image) -> list[str]:
+def instructions() -> list[str]:
     """The Containerfile's instructions, one a line, without comments."""
-    lines = [line for line in image.containerfile.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in CONTAINERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
     return [line for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def stages(image: Image) -> list[list[str]]:
-    """The instructions of each stage."""
-    found: list[list[str]] = []
-    for line in instructions(image):
+def stages() -> dict[str, list[str]]:
+    """The instructions of each stage after its first line, by the stage's name."""
+    found: dict[str, list[str]] = {}
+    for line in instructions():
         if line.startswith("FROM "):
-            found.append([])
-        if found:
-            found[-1].append(line)
+            found[line.split()[3]] = current = []
+        elif found:
+            current.append(line)
     return found
 
 
 @images
-def test_the_base_has_a_full_version_and_can_be_replaced(image: Image) -> None:
-    assert FULL_TAG.match(own_base(image)), own_base(image)
-    assert ("cuda" in own_base(image)) == image.accelerated
-    origins = [line.split()[1] for line in instructions(image) if line.startswith("FROM ")]
-    names = [line.split()[3] for line in instructions(image) if line.startswith("FROM ") and " AS " in line]
+def test_the_base_has_a_full_version(image: Image) -> None:
+    assert FULL_TAG.match(image.base), image.base
+
+
+def test_stages_build_on_the_base_that_is_given_and_on_each_other() -> None:
+    origins = [line.split()[1] for line in instructions() if line.startswith("FROM ")]
     assert origins[0] == "${BASE_IMAGE}"
-    assert set(origins[1:]) <= set(names)
-    assert "latest" not in image.containerfile.read_text()
+    assert set(origins[1:]) <= set(stages())
+    assert {image.target for image in IMAGES.values()} <= set(stages())
+    assert "latest" not in CONTAINERFILE.read_text()
 
 
-@images
-def test_it_ends_as_an_unprivileged_user(image: Image) -> None:
-    last = stages(image)[-1]
-    assert [line for line in last if line.startswith("USER ")] == ["USER 10001:10001"]
-    assert not [line for line in last if line.startswith("RUN ")]
+def test_it_ends_as_an_unprivileged_user() -> None:
+    task, server = stages()["task"], stages()["server"]
+    assert [line for line in task if line.startswith("USER ")] == ["USER 10001:10001"]
+    assert not [line for line in task + server if line.startswith("RUN ")]
+    assert not [line for line in server if line.startswith("USER ")]
 
 
-@images
-def test_the_code_comes_last_and_packages_before_it(image: Image) -> None:
-    *earlier, code, final = stages(image)
-    assert [line for line in code if "shellv_core" in line]
-    assert not [line for stage in earlier for line in stage if "shellv_core" in line]
-    assert final[:2] == ["FROM packages", "COPY --from=code /opt/code /opt/venv"]
+def test_the_code_comes_last_and_packages_before_it() -> None:
+    assert list(stages()) == ["base", "packages", "code", "task", "server"]
+    assert [line for line in stages()["code"] if "shellv_core" in line]
+    assert not [line for name, stage in stages().items() if name != "code" for line in stage if "shellv_core" in line]
+    assert stages()["task"][0] == "COPY --from=code /opt/code /opt/venv"
 
 
-@images
-def test_no_secret_host_or_environment_of_a_build_is_in_it(image: Image) -> None:
-    text = "\n".join(line for line in instructions(image) if not line.startswith("ARG BASE_IMAGE="))
+def test_no_secret_host_or_environment_of_a_build_is_in_it() -> None:
+    text = "\n".join(instructions())
     assert not SECRET.search(text.replace("/etc/passwd", ""))
     assert not HOST.search(text)
-    arguments = [line for line in instructions(image) if line.startswith("ARG ")]
-    assert [line.partition("=")[0] for line in arguments] == ["ARG BASE_IMAGE"]
+    assert {line for line in instructions() if line.startswith("ARG ")} == {"ARG BASE_IMAGE", "ARG IMAGE"}
 
 
-@images
-def test_nothing_but_pinned_packages_is_installed(image: Image) -> None:
-    for line in instructions(image):
+def test_nothing_but_pinned_packages_is_installed() -> None:
+    for line in instructions():
         for part in re.findall(r"(?:pip|python) install ([^&]*)", line):
             pinned = ("--requirement /opt/requirements.txt", "--constraint /opt/requirements.txt", "grep ^setuptools==")
             assert any(each in part for each in pinned) or "--no-index" in part, part
+
+
+@images
+def test_packages_are_pinned_and_sorted(image: Image) -> None:
     lines = [line for line in image.requirements.read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9A-Za-z.]+", line) for line in lines)
     assert lines == sorted(lines, key=lambda line: line.partition("==")[0])
@@ -107,7 +108,7 @@ def test_only_what_images_are_made_of_is_sent_to_the_builder() -> None:
     lines = (REPOSITORY / ".containerignore").read_text().splitlines()
     assert lines[0] == "*"
     allowed = {line[1:] for line in lines if line.startswith("!")}
-    assert allowed == {"pyproject.toml", "README.md", "shellv_core", "containers/*/requirements.txt"}
+    assert allowed == {"pyproject.toml", "README.md", "shellv_core", "containers/requirements"}
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -23,7 +23,7 @@ def test_a_build_is_one_list_of_arguments() -> None:
     command = build.build_command("podman", IMAGES["train"], "base:1", "localhost/shellv-train:1.2.3", mounts)
     assert command[:3] == ["podman", "build", "--quiet"]
     assert {"--isolation=chroot", "--layers", "--build-arg=BASE_IMAGE=base:1", *mounts} <= set(command)
-    assert "--tag=localhost/shellv-train:1.2.3" in command
+    assert {"--build-arg=IMAGE=train", "--target=task", "--tag=localhost/shellv-train:1.2.3"} <= set(command)
     assert Path(command[-1]).joinpath("shellv_core").is_dir()
     # What podman's --env is given stays in the image.
     assert not [part for part in command if part.startswith("--env")]
@@ -31,6 +31,7 @@ def test_a_build_is_one_list_of_arguments() -> None:
 
 def test_docker_gets_no_arguments_of_podman() -> None:
     command = build.build_command("docker", IMAGES["serve"], "base:1", "localhost/shellv-serve:1.2.3", [])
+    assert {"--build-arg=IMAGE=serve", "--target=server"} <= set(command)
     assert not [part for part in command if part.startswith(("--isolation", "--layers", "--ignorefile", "--volume"))]
 
 

@@ -58,6 +58,6 @@ def test_the_map_names_every_folder() -> None:
 
 def test_the_session_is_of_a_real_run() -> None:
     (block,) = [block for block in BLOCKS if block.startswith("$ make run")]
-    for expected in ("[9/9] deploy", "POPE adversarial", "@champion", "report.html", "curl -s"):
+    for expected in ("[11/12] deploy", "POPE adversarial", "@champion", "report.html", "curl -s"):
         assert expected in block
     assert str(REPOSITORY) not in README
