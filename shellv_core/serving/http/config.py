@@ -39,8 +39,8 @@ class ConnectionLimits(Config):
     header_timeout_seconds: float = 10.0
     """From the first byte, or the connection's begin, to the end of the headers."""
     keep_alive_seconds: int = 15
-    """Silence between two requests; longer than clients allow (httpx, and so OpenAI's client: 5 s), since a request on a
-    connection that is just being closed is lost."""
+    """Silence between two requests; longer than clients allow (httpx, and so OpenAI's client: 5 s), since a request is
+    lost on a connection that is just being closed."""
     write_stall_seconds: float = 30.0
     """A client that takes nothing of its answer for so long is cut off."""
     max_connections: int = 512
