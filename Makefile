@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := .shellv/models/SmolLM2-135M-Instruct
 
 .PHONY: help install run run-containers serve test test-all test-fuzz test-containers test-apiserver check format \
-  compile efficacy smollm2 bench-data bench-slots browser podman images sbom clean
+  compile efficacy smollm2 bench-data bench-serving browser podman images sbom clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -87,8 +87,8 @@ bench-data: $(INSTALLED) ## the figures of docs/data-figures.md and docs/halluci
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.hallucinated_captions
 
-bench-slots: $(INSTALLED) ## many requests at once against one at a time and other ways (8 minutes on two idle cores)
-	$(BIN)/python -m tests.bench.slots
+bench-serving: $(INSTALLED) ## docs/serving-figures.md: slots and three other ways to serve (10 minutes on two idle cores)
+	$(BIN)/python -m tests.bench.serving
 
 clean:                 ## delete what runs have left (data, models, tracking)
 	rm -rf .shellv

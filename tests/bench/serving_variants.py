@@ -164,16 +164,53 @@ class Batches(GenerateEngine):
 
 
 def build_bench_model(folder: Path) -> int:
-    """Write the random model of `tests.bench.slots` with a processor for its pictures; parameters of its language
-    model."""
-    from tests.bench import slots
+    """Write a random Starcoder2 of 30 million parameters that sees 144 image tokens a picture, with its processor;
+    parameters of its language model."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Starcoder2Config
+
     from tests.serving.tiny_model import build_processor
 
     processor = build_processor()
     processor.patch_size = 8
     processor.image_processor.size = {"shortest_edge": 96}
     processor.image_processor.crop_size = {"height": 96, "width": 96}
-    model = slots.build_bench_model(processor)
+    torch.manual_seed(0)
+    tokenizer = processor.tokenizer
+    text = Starcoder2Config(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=96,
+        patch_size=8,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # Only tokens that the small tokenizer knows, and no end, so that lengths are those asked for.
+        model.lm_head.weight[len(tokenizer) :] = 0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return sum(
