@@ -55,8 +55,9 @@ test-apiserver: $(INSTALLED) podman ## the tests of training jobs again on a rea
 sbom: $(INSTALLED) podman ## what is in the images, as SPDX and CycloneDX, and its known vulnerabilities
 	$(BIN)/python -m containers sbom
 
-browser:               ## install Chromium where it is missing
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+browser:               ## install Chromium and a Chinese font where they are missing
+	@{ command -v chromium && fc-list :lang=zh | grep -q .; } >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fontconfig fonts-wqy-zenhei; }
 
 check: $(INSTALLED)    ## ruff, mypy, import-linter and the compiled pipeline
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""The pictures of docs/chat.md: ``python -m tests.bench.chat_screenshots NAME=DIRECTORY NAME=DIRECTORY``.
+"""The pictures of docs/chat.md: ``python -m tests.bench.chat_screenshots NAME=REFERENCE NAME=REFERENCE``.
 
-Takes two or more model directories, serves them with the page and drives Chromium through it.
+Takes two or more models as `shellv serve --model` does, serves them with the page and drives Chromium through it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.serving.test_ui import ARGUMENTS, CHROMIUM, ask, open_tab, opened, wait_for_the_end
 
 DOCS = Path(__file__).parents[2] / "docs"
-QUESTION = "Describe this image in one sentence."
+QUESTION = "Describe the image."
 MAX_BYTES = 200_000
 
 
@@ -24,13 +24,15 @@ def main(pairs: list[str]) -> None:
     from shellv_core.serving.api import create_app
     from shellv_core.serving.http.server import Server, bind, listening_url, running_in_thread
     from shellv_core.serving.models import FixedModels, ServedModel
+    from shellv_core.serving.reference import fetch_model
     from shellv_core.serving.transformers_engine import TransformersEngine
     from shellv_core.serving.ui import mount_ui
 
     served = []
     for pair in pairs:
-        name, _, path = pair.partition("=")
-        served.append(ServedModel(TransformersEngine(*load_model(Path(path))), name, "0" * 64))
+        name, _, reference = pair.partition("=")
+        files = fetch_model(reference)
+        served.append(ServedModel(TransformersEngine(*load_model(files.path)), name, files.revision))
     models = FixedModels(*served)
     app = create_app(models)
     with tempfile.TemporaryDirectory() as folder, bind("127.0.0.1", 0) as listener:
