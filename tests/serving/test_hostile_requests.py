@@ -20,7 +20,7 @@ from tests.serving.hostile_requests import Hostile, hostile_request
 
 THREADS = 6
 ANSWERED = {200, 400, 404, 405, 413, 422, 429}
-MEMORY_SLACK = 48 << 20
+MEMORY_SLACK = 32 << 20
 
 
 class Attacker:
@@ -85,7 +85,9 @@ class Attacker:
             answer = b""
             with contextlib.suppress(ConnectionError):
                 connection.sendall(data)
+            with contextlib.suppress(OSError):  # the server has closed it already
                 connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
                 while piece := connection.recv(65536):
                     answer += piece
         found = [int(each) for each in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
@@ -112,7 +114,8 @@ def attack(url: str, seed: int, count: int) -> tuple[Counter[int], list[str]]:
 def test_hostile_requests(model_path, tmp_path, count):
     log = tmp_path / "serve.log"
     with local_server(str(model_path), "127.0.0.1", 0, log, 250) as server:
-        warm = max(count // 20, 300)
+        # Long enough that the rarest and largest have come: what they make every pool and cache grow to is the base.
+        warm = max(count // 5, 300)
         statuses, faults = attack(server.url, 0, warm)
         base, started, sent = memory(server.pid), time.monotonic(), sum(statuses.values())
         for part in range(1, 21):

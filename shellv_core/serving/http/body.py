@@ -6,6 +6,8 @@ uvicorn bounds neither. Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MARKS = b",[{"
+LARGE_BYTES = 256 << 10
+TRIM_SECONDS = 5.0
 
 
 class _RefusedError(Exception):
@@ -33,6 +37,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self.app, self.limits = app, limits
         self._in_flight = 0
+        self._trim_is_due = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -60,6 +65,20 @@ class BodyLimit:
             await self.app(scope, replay, send)
         finally:
             self._in_flight -= reading.size
+            if reading.size >= LARGE_BYTES:
+                self._trim_soon()
+
+    def _trim_soon(self) -> None:
+        """What large bodies took goes back to the system, once for all that end within some seconds."""
+
+        def trim() -> None:
+            self._trim_is_due = False
+            loop.run_in_executor(None, _return_freed_memory)
+
+        loop = asyncio.get_running_loop()
+        if not self._trim_is_due:
+            self._trim_is_due = True
+            loop.call_later(TRIM_SECONDS, trim)
 
     async def _read(self, scope: Scope, reading: _Reading) -> Message:
         stated = dict(scope["headers"]).get(b"content-length", b"")
@@ -115,6 +134,12 @@ class _Reading:
         """Until the next bytes must be here."""
         allowed = max(self.limits.timeout_seconds, self.size / self.limits.min_bytes_per_second)
         return max(self._started + allowed - time.monotonic(), 0.0)
+
+
+def _return_freed_memory() -> None:
+    """Give up the pages that glibc keeps for later; other libraries do so themselves."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _too_large(limits: BodyLimits) -> _RefusedError:
