@@ -25,7 +25,7 @@ from shellv_core.serving.http.completion_bodies import (
     TokenizeRequest,
 )
 from shellv_core.serving.http.config import ApiConfig
-from shellv_core.serving.http.errors import documented
+from shellv_core.serving.http.errors import ErrorResponse, documented
 from shellv_core.serving.http.formats import ChatFormat, CompletionFormat, Format, Viewer, Writer
 from shellv_core.serving.http.metrics import Metrics
 from shellv_core.serving.http.requests import Reader
@@ -169,8 +169,9 @@ def _asker(body: SamplingBody, request: Request) -> str | None:
 
 def _streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """A response that is JSON, or a stream of `chunk` where the request says so."""
-    content = {"$ref": f"#/components/schemas/{chunk.__name__}"}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    content = [{"$ref": f"#/components/schemas/{each.__name__}"} for each in (chunk, ErrorResponse)]
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": content}}
+    data = {"anyOf": [json_text, {"const": "[DONE]"}]}
     text = f"Events whose data is a {chunk.__name__}, or an ErrorResponse, and at last `[DONE]`."
     schema = {"type": "object", "description": text, "properties": {"data": data}, "required": ["data"]}
     return {200: {"description": "The answer.", "content": {"text/event-stream": {"schema": schema}}}}
