@@ -126,7 +126,7 @@ def test_where_all_are_full_that_is_said():
 
 def test_three_failures_open_the_breaker_and_one_success_closes_it(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(replica_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(replica_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     breaker = Breaker()
     for expected in (True, True, False):
         breaker.fail()

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_rates_of_a_meter(parts, monkeypatch):
     meter = Meter(torch.device("cpu"), formula, num_devices=2)
     meter.peak = formula.of(batch).total / 2
     meter.count(*meter.counts(batch))
-    monkeypatch.setattr("time.monotonic", lambda: meter.start + 4.0)
+    monkeypatch.setattr("shellv_core.training.meter.time", SimpleNamespace(monotonic=lambda: meter.start + 4.0))
     rates = meter.rates(seconds_waited=1.0)
     assert rates.pop("peak_memory_gb") == pytest.approx(peak_memory(torch.device("cpu")) / 1e9, rel=0.01)
     assert rates == {
