@@ -142,8 +142,10 @@ def test_a_body_after_the_answer_keeps_no_connection(fenced):
         connection.sendall(b"POST /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + b"x" * 400)
         drip(connection, b"y" * 50)
         connection.settimeout(30)
-        while connection.recv(4096):
-            pass  # what was refused is read, and then the server closes
+        # A reset is an end too: it comes if a byte is on its way as the server closes.
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(4096):
+                pass
 
 
 @pytest.mark.parametrize(
