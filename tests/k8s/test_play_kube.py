@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from components.images import image
+from pipelines.contained.hardening import limits
 from tests.k8s.rendering import Manifest, named, render
 from tests.k8s.stores import KEYS, free_ports, mlflow, object_store, services_at
 from tests.serving.tiny_model import build_model, build_processor, data_url, picture
@@ -39,6 +40,13 @@ def podman(*arguments: str, given: str | None = None) -> str:
     assert done.returncode == 0, f"podman {' '.join(arguments)}: {done.stderr}"
     # A container's own errors are in the second when its log is asked for.
     return done.stdout + done.stderr
+
+
+def bound_by_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let podman ask for no more open files than this machine allows, as `pipelines.contained` does."""
+    ulimits = [f"{name}={limit}:{limit}" for name, limit in limits().items()]
+    path.write_text(f"[containers]\ndefault_ulimits = {json.dumps(ulimits)}\n")
+    monkeypatch.setenv("CONTAINERS_CONF", str(path))
 
 
 def champion(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> str:
@@ -132,6 +140,7 @@ def start_up(container: dict[str, Any], name: str) -> None:
 def test_the_deployment_starts_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from openai import OpenAI
 
+    bound_by_this_machine(tmp_path / "containers.conf", monkeypatch)
     with object_store(tmp_path / "s3") as s3, mlflow(tmp_path / "mlflow", s3, HOST, "127.0.0.1") as tracking:
         here = services_at(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{tracking}")
         revision = champion(tmp_path / "model", monkeypatch, {**KEYS, **here})
