@@ -122,7 +122,7 @@ def main() -> None:
     target = args.output.with_suffix(".md")
     kept = target.read_text(encoding="utf-8").partition(MARK)[0] if target.is_file() else "# Hallucination view\n\n"
     target.write_text(kept + document(record, args.output.with_suffix(".svg").name), encoding="utf-8")
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    args.output.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     args.output.with_suffix(".svg").write_text(chart(figures), encoding="utf-8")
     print(target.read_text(encoding="utf-8").partition(MARK)[2])
 

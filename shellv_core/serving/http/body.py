@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 MARKS = b",[{"
 LARGE_BYTES = 256 << 10
+"""A body of as many leaves memory behind that malloc would keep for later."""
 TRIM_SECONDS = 5.0
+"""After such a body's end, so that many of them are cleared away at once."""
 
 
 class _RefusedError(Exception):

@@ -53,19 +53,19 @@ def probe_routes(models: Models) -> APIRouter:
     router = APIRouter()
     has_started = False
 
-    @router.get("/healthz", response_model=Status, responses=documented(503))
+    @router.get("/healthz", response_model=Status, responses=documented(429, 503))
     async def check_health() -> Response:
         """Whether the process should go on living."""
         health = models.health()
         return _status(health.alive, health.reason)
 
-    @router.get("/readyz", response_model=Status, responses=documented(503))
+    @router.get("/readyz", response_model=Status, responses=documented(429, 503))
     async def check_readiness() -> Response:
         """Whether requests should be sent here now."""
         health = models.health()
         return _status(health.alive and health.ready, health.reason)
 
-    @router.get("/startupz", response_model=Status, responses=documented(503))
+    @router.get("/startupz", response_model=Status, responses=documented(429, 503))
     async def check_startup() -> Response:
         """Whether the models have been ready once."""
         nonlocal has_started
